@@ -1,0 +1,1 @@
+"""Turn raw fMRI datasets into one store and WebDataset shards."""

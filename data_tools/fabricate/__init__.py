@@ -1,0 +1,1 @@
+"""Miniature copies of the official layouts from a known world."""

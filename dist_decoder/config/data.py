@@ -1,0 +1,210 @@
+"""Configuration of ``data-tools``: raw files -> store -> shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dist_decoder.config.base import Section
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class FabricatedNSD(Section):
+    """Size of the fabricated NSD tree."""
+
+    subjects: tuple[int, ...] = (1, 2, 5, 7)
+    """Subject numbers, 1 to 8."""
+    sessions: PositiveInt = 9
+    trials_per_session: PositiveInt = 300
+    """Trials of a session; 750 in the real data."""
+    shared_images: PositiveInt = 300
+    """Images that every subject sees (1,000 in the real data); they are the test set."""
+    num_voxels: tuple[int, int] = (400, 700)
+    """Range of the number of nsdgeneral voxels of a subject."""
+    image_px: PositiveInt = 64
+    """Side of the pictures in nsd_stimuli.hdf5; 425 in the real data."""
+
+
+class FabricatedBOLD5000(Section):
+    """Size of the fabricated BOLD5000 tree."""
+
+    subjects: tuple[int, ...] = (1, 2, 3, 4)
+    sessions: PositiveInt = 4
+    num_voxels: tuple[int, int] = (220, 280)
+    shared_with_nsd: int = 280
+    """NSD test images that are also BOLD5000 training stimuli (all 1,000 in the real data)."""
+
+
+class FabricatedGOD(Section):
+    """Size of the fabricated GOD tree."""
+
+    subjects: tuple[int, ...] = (1, 2, 3)
+    num_voxels: tuple[int, int] = (270, 330)
+    training_categories: PositiveInt = 150
+    images_per_category: PositiveInt = 8
+    test_categories: PositiveInt = 50
+    test_repetitions: PositiveInt = 35
+
+
+class FabricateConfig(Section):
+    """The known world behind the fabricated files (nonlinear generator)."""
+
+    latent_dim: PositiveInt = 10
+    """d: dimensions of the image latents z."""
+    context_dims: PositiveInt = 2
+    """k: latents that set the rotation angles of the others."""
+    embedding_dim: PositiveInt = 64
+    """m: width of the embedding e = A z."""
+    omega: float = 0.7
+    """Rotation per unit of context, radians. 0 makes the world linear."""
+    tau: float = 0.65
+    """SD of the information-limiting noise, in units of z."""
+    delta: float = 0.5
+    """Idiosyncrasy of a subject's voxel directions."""
+    rho: Fraction = 0.3
+    """Share of latent variance that belongs to the category."""
+    num_categories: PositiveInt = 20
+    nsd: FabricatedNSD = FabricatedNSD()
+    bold5000: FabricatedBOLD5000 = FabricatedBOLD5000()
+    god: FabricatedGOD = FabricatedGOD()
+
+
+class DatasetConfig(Section):
+    """One dataset to ingest. ``name`` picks the reader."""
+
+    name: str
+    """Reader: nsd, bold5000, god, miyawaki2008, custom."""
+    path: Path
+    """Folder (or file) of the raw data."""
+    subjects: tuple[str, ...] | None = None
+    """Subject names to read; None reads all that are found."""
+    max_sessions: PositiveInt | None = None
+    """Read only the first sessions (37 reproduces the first NSD release)."""
+    roi: str | None = None
+    """ROI that selects voxels; None takes the reader's default (nsdgeneral, all ROIs, VC)."""
+    options: dict[str, str | int | float | bool] = {}
+    """Options of this reader, listed in its docstring; unknown ones are refused."""
+    as_name: str | None = None
+    """Name in the store; None keeps ``name``. Lets one reader serve several datasets."""
+
+    @property
+    def dataset(self) -> str:
+        return self.as_name or self.name
+
+
+class HoldoutConfig(Section):
+    """A subject that joint training, statistics and ridge fits must never see."""
+
+    subject: str
+    """dataset/subject, for example nsd/subj07."""
+    train_sessions: PositiveInt | None = None
+    """Sessions whose training rows may be used to adapt; later ones give test rows only."""
+
+
+class SplitConfig(Section):
+    """Which images are train, validation, test."""
+
+    policy: Literal["strict", "within", "leave_one_run_out", "given"] = "strict"
+    """strict: test anywhere is train nowhere. within: per dataset. given: the split column of
+    the trial table. leave_one_run_out: by run, images shared between train and test (named so
+    in the manifest)."""
+    test_run: int | None = None
+    """leave_one_run_out: the run that is tested (1-based)."""
+    validation_prob: Fraction = 0.1
+    """Share of the training images (by image_uid) kept for validation."""
+    holdout: tuple[HoldoutConfig, ...] = ()
+
+
+class EncoderConfig(Section):
+    """The frozen image encoder that makes the targets."""
+
+    kind: Literal["open_clip", "analytic", "pixels", "labels"] = "open_clip"
+    """open_clip: any model of open_clip. analytic: recovers the embedding of fabricated pictures.
+    pixels: standardised grey values of a downsampled picture. labels: one vector per category."""
+    model: str = "ViT-bigG-14"
+    pretrained: str | None = "laion2b_s39b_b160k"
+    """open_clip weights tag or a local file; None gives seeded random weights (tests only)."""
+    clip_input: Literal["correct", "mindeye2"] = "correct"
+    """mindeye2 feeds (x + 1) / 2, as the released MindEye2 targets were made."""
+    parameters: Path | None = None
+    """analytic: the encoder.npz written by ``fabricate``."""
+    grid: PositiveInt = 10
+    """pixels: the picture is averaged to grid x grid."""
+    width: PositiveInt = 32
+    """labels: width of the label vectors."""
+    batch_size: PositiveInt = 64
+    device: str = "auto"
+
+
+class SynthesiseConfig(Section):
+    """Synthetic responses by per-subject ridge encoding models."""
+
+    images_per_subject: int = 0
+    """Number of augmentation images whose responses are synthesised, for every subject of the
+    image's dataset. 0 switches synthesis off."""
+    pool: Literal["other_datasets", "unseen"] = "unseen"
+    """unseen: training images of the same dataset that this subject has not seen.
+    other_datasets: training images of the other datasets."""
+    alphas: tuple[float, ...] = (1.0, 10.0, 100.0, 1e3, 1e4, 5e4, 1e5, 1e6)
+    """Ridge penalties tried by cross-validation."""
+    folds: PositiveInt = 5
+    noise: Literal["gaussian", "bootstrap", "none"] = "gaussian"
+    """Signed residual noise: N(0, residual SD of each voxel) or rows drawn from held-out
+    residuals."""
+    noise_scale: Annotated[float, Field(ge=0)] = 1.0
+
+
+class ShardConfig(Section):
+    """WebDataset tars."""
+
+    samples_per_shard: PositiveInt = 256
+    normalise: Literal["session", "run", "subject", "none"] = "session"
+    """Unit of the per-voxel z-score; mean and SD come from training rows only."""
+    fallback: Literal["subject", "refuse"] = "subject"
+    """For a session or run without training rows: the subject's statistics over all its
+    training rows, or an error."""
+    average_trials: bool = False
+    """Average the rows of an image within a subject (named in the manifest)."""
+    token_dtype: Literal["float16", "float32"] = "float16"
+    voxel_dtype: Literal["float16", "float32"] = "float16"
+
+
+class DataConfig(Section):
+    """Root of ``data-tools`` configurations."""
+
+    output: Path
+    """Everything is written below: ``raw`` (fabricate), ``store`` and ``shards``."""
+    seed: int = 0
+    fabricate: FabricateConfig | None = None
+    """Present in fabricated worlds only."""
+    datasets: tuple[DatasetConfig, ...] = ()
+    split: SplitConfig = SplitConfig()
+    embed: EncoderConfig = EncoderConfig()
+    synthesise: SynthesiseConfig = SynthesiseConfig()
+    shard: ShardConfig = ShardConfig()
+    shards_name: str = "shards"
+    """Folder of the shards below ``output``; one store can hold several shardings."""
+
+    @model_validator(mode="after")
+    def _datasets_are_distinct(self) -> DataConfig:
+        names = [dataset.dataset for dataset in self.datasets]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"dataset {name!r} is listed twice; set as_name on one of them")
+        return self
+
+    @property
+    def raw(self) -> Path:
+        return self.output / "raw"
+
+    @property
+    def store(self) -> Path:
+        return self.output / "store"
+
+    @property
+    def shards(self) -> Path:
+        return self.output / self.shards_name

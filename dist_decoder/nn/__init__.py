@@ -1,0 +1,1 @@
+"""The decoder: subject ridge layers, backbone, heads, prior, adapters."""

@@ -1,0 +1,1 @@
+"""Ridge fits, reliability, intervals."""

@@ -1,0 +1,1 @@
+"""Engine, step, loop, checkpoints, logs."""
