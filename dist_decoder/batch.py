@@ -52,7 +52,9 @@ class Batch:
         return replace(
             self,
             positions_B=self.positions_B.to(device),
-            voxels={name: value.to(device, non_blocking=True) for name, value in self.voxels.items()},
+            voxels={
+                name: value.to(device, non_blocking=True) for name, value in self.voxels.items()
+            },
             rows={name: value.to(device, non_blocking=True) for name, value in self.rows.items()},
             image_ids_B=self.image_ids_B.to(device),
             pooled_BE=move(self.pooled_BE),

@@ -34,13 +34,18 @@ def torch_generator(
 
 
 def sample_normal(
-    seed: int, purpose: str, step: int, positions: Iterable[int], shape: tuple[int, ...],
+    seed: int,
+    purpose: str,
+    step: int,
+    positions: Iterable[int],
+    shape: tuple[int, ...],
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return (B, *shape) float32 standard normal draws, one stream per global batch position."""
     draws = [
         torch.randn(
-            shape, generator=torch_generator(seed, purpose, step, position, device=device),
+            shape,
+            generator=torch_generator(seed, purpose, step, position, device=device),
             device=device,
         )
         for position in positions
@@ -49,13 +54,18 @@ def sample_normal(
 
 
 def sample_uniform(
-    seed: int, purpose: str, step: int, positions: Iterable[int], shape: tuple[int, ...],
+    seed: int,
+    purpose: str,
+    step: int,
+    positions: Iterable[int],
+    shape: tuple[int, ...],
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return (B, *shape) float32 draws from [0, 1), one stream per global batch position."""
     draws = [
         torch.rand(
-            shape, generator=torch_generator(seed, purpose, step, position, device=device),
+            shape,
+            generator=torch_generator(seed, purpose, step, position, device=device),
             device=device,
         )
         for position in positions
