@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,12 @@ class SubjectFacts:
 
     sessions: int | None = None
     trials: int | None = None
-    voxels: int | None = None
+    images: int | None = None
+    """Distinct images that the subject saw."""
     test_images: int | None = None
+    test_trials: int | None = None
+    """Trials of the ``test`` split; imagery is counted apart."""
+    voxels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,16 @@ class Stimulus:
     extra: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One consistency check of the files of a subject."""
+
+    fact: str
+    ok: bool
+    detail: str
+    """What was compared; where and what to do when it is not ok."""
+
+
 class Dataset(Protocol):
     """A reader. Constructed as ``Reader(config: DatasetConfig)``; reads nothing until asked."""
 
@@ -116,3 +130,11 @@ class Dataset(Protocol):
     def fingerprint(self, subject: str, session: int) -> str:
         """Return a cheap identity (names, sizes, mtimes in ns) of the files that ``betas`` would
         read, so that an ingest knows what it already has."""
+
+
+@runtime_checkable
+class ChecksItself(Protocol):
+    """A reader that knows more about its files than the protocol asks."""
+
+    def consistency(self, subject: str) -> tuple[Finding, ...]:
+        """Return cheap checks (headers, lists, ids, existence of files); reads no betas whole."""

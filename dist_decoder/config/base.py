@@ -62,7 +62,15 @@ def load_config(
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error}") from error
-    where = str(path) if path is not None else "overrides"
+    return validate(schema, values, str(path) if path is not None else "overrides")
+
+
+def validate(schema: type[ConfigT], values: Any, where: str) -> ConfigT:
+    """Return ``values`` as a section; ``where`` starts every line of the error.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
     try:
         return schema.model_validate(values)
     except ValidationError as error:

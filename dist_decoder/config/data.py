@@ -88,12 +88,25 @@ class DatasetConfig(Section):
     """ROI that selects voxels; None takes the reader's default (nsdgeneral, all ROIs, VC)."""
     options: dict[str, str | int | float | bool] = {}
     """Options of this reader, listed in its docstring; unknown ones are refused."""
+    expect: Literal["consistent", "counts", "published"] = "consistent"
+    """What ``check`` compares. consistent: the files with one another (a part of a dataset, a
+    miniature). counts: also the published numbers of sessions, trials and images. published:
+    also the published numbers of voxels."""
     as_name: str | None = None
     """Name in the store; None keeps ``name``. Lets one reader serve several datasets."""
 
     @property
     def dataset(self) -> str:
         return self.as_name or self.name
+
+
+class CheckConfig(Section):
+    """What ``data-tools check`` reads."""
+
+    betas: Literal["all", "first", "none"] = "all"
+    """Sessions whose betas are read whole; file headers of all sessions are always compared."""
+    images: Annotated[int, Field(ge=0)] = 8
+    """Images decoded per dataset, evenly spread; that all files exist is always checked."""
 
 
 class HoldoutConfig(Section):
@@ -182,6 +195,7 @@ class DataConfig(Section):
     fabricate: FabricateConfig | None = None
     """Present in fabricated worlds only."""
     datasets: tuple[DatasetConfig, ...] = ()
+    check: CheckConfig = CheckConfig()
     split: SplitConfig = SplitConfig()
     embed: EncoderConfig = EncoderConfig()
     synthesise: SynthesiseConfig = SynthesiseConfig()
