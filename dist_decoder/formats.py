@@ -149,8 +149,12 @@ class Manifest(Section):
     sources: tuple[SourceEntry, ...]
     categories: dict[str, tuple[str, ...]] = {}
     """Per dataset, all category names, sorted."""
+    average_trials: bool = False
+    """True: the rows of an image were averaged within a subject."""
     licences: dict[str, str]
     citations: dict[str, str]
+    files: dict[str, str] = {}
+    """sha256 of ``targets.npz`` and of the statistics files, by name."""
     produced_by: dict[str, str]
     """Versions and config fingerprint; no paths, no times, so that equal input gives equal
     bytes."""
