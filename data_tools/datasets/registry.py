@@ -1,0 +1,29 @@
+"""All readers by name. A newcomer adds one file and one line here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from data_tools.datasets.nsd import NSDReader
+from data_tools.datasets.protocol import Dataset
+from dist_decoder.config.data import DatasetConfig
+from dist_decoder.errors import ConfigError
+
+READERS: dict[str, Callable[[DatasetConfig], Dataset]] = {
+    "nsd": NSDReader,
+}
+
+
+def open_dataset(config: DatasetConfig) -> Dataset:
+    """Return the reader that ``config.name`` picks; it reads nothing until asked.
+
+    Raises:
+        ConfigError: there is no reader of that name, or its options are wrong.
+    """
+    reader = READERS.get(config.name)
+    if reader is None:
+        near = difflib.get_close_matches(config.name, READERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"no reader named {config.name!r}; there are {', '.join(READERS)}{hint}")
+    return reader(config)
