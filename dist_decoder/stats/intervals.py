@@ -81,9 +81,7 @@ def cluster_interval(
         unseen = 1.0 - ((1.0 - confidence) / 2.0) ** (1.0 / num_clusters)
         low = mean - unseen * (mean - bounds[0])
         high = mean + unseen * (bounds[1] - mean)
-    return Interval(
-        mean, max(low, bounds[0]), min(high, bounds[1]), num_clusters, int(values.size)
-    )
+    return Interval(mean, max(low, bounds[0]), min(high, bounds[1]), num_clusters, int(values.size))
 
 
 def paired_interval(

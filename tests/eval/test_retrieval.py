@@ -67,7 +67,10 @@ def test_permuting_trials_permutes_hits():
     scores_NM = generator.normal(size=(15, 5))
     order = generator.permutation(15)
     for hits, again in (
-        (brain_to_image_hits(scores_NM, own_N), brain_to_image_hits(scores_NM[order], own_N[order])),
+        (
+            brain_to_image_hits(scores_NM, own_N),
+            brain_to_image_hits(scores_NM[order], own_N[order]),
+        ),
         (
             image_to_brain_hits(scores_NM, own_N, repetition_N),
             image_to_brain_hits(scores_NM[order], own_N[order], repetition_N[order]),

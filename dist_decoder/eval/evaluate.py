@@ -1,0 +1,314 @@
+"""From scores to tables: what one subject's test trials say about one output of one model.
+
+Axes: N test trials of one subject, M pool (its distinct test images), C classes, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_decoder.errors import DataError
+from dist_decoder.eval.baseline import flatten
+from dist_decoder.eval.categories import (
+    CATEGORY,
+    CATEGORY_PROTOCOL,
+    category_chance,
+    category_hits,
+    class_means,
+    truth_matrix,
+)
+from dist_decoder.eval.queries import QueryTable, TableKey
+from dist_decoder.eval.retrieval import (
+    BRAIN_TO_IMAGE,
+    IMAGE_TO_BRAIN,
+    PROTOCOLS,
+    brain_to_image_hits,
+    cosine_scores,
+    image_to_brain_hits,
+    repetitions_in_order,
+    shuffled_brains,
+)
+
+SHUFFLES = 10
+"""Permutations that the shuffled control averages."""
+
+
+@dataclass(frozen=True)
+class Bayes:
+    """The optimal single-trial score on this very gallery (fabricated worlds only)."""
+
+    value: float
+    se: float
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Class means of one dataset's training targets."""
+
+    names: tuple[str, ...]
+    means: dict[str, NDArray[np.float32]]
+    """output -> (C, F)."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The test trials of one subject and the images they are ranked against."""
+
+    dataset: str
+    subject: str
+    """Without the dataset."""
+    holdout: bool
+    pool_M: tuple[str, ...]
+    """image_uids, sorted."""
+    own_N: NDArray[np.int64]
+    """Position of each trial's image in the pool."""
+    repetition_N: NDArray[np.int64]
+    trials_N: NDArray[np.str_]
+    targets: dict[str, NDArray[np.float32]]
+    """Kind of target (``pooled``, ``tokens``) -> (M, F) standardised, flattened."""
+    categories_M: tuple[tuple[str, ...], ...]
+    bayes: dict[str, Bayes] = field(default_factory=dict)
+    """By metric."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}/{self.subject}"
+
+
+def target_of(output: str) -> str:
+    """Return which target an output is ranked against: the prior samples tokens."""
+    return "tokens" if output == "prior" else output
+
+
+def make_gallery(
+    name: str,
+    image_uids_N: Sequence[str],
+    trials_N: Sequence[str],
+    targets: dict[str, NDArray[np.floating]],
+    categories_N: Sequence[Sequence[str]],
+    *,
+    holdout: bool = False,
+    bayes: dict[str, Bayes] | None = None,
+) -> Gallery:
+    """Group the test trials of one subject (``dataset/subject``) by image.
+
+    Args:
+        image_uids_N: what each trial showed, in the order of the recording.
+        trials_N: identity of each trial.
+        targets: kind of target -> (N, ...) standardised target of each trial's image.
+        categories_N: categories of each trial's image.
+        holdout: whether joint training never saw the subject.
+        bayes: optimal scores by metric.
+
+    Raises:
+        DataError: there are no trials, or fewer than two images.
+    """
+    pool, first_M, own_N = np.unique(
+        np.asarray(image_uids_N, dtype=np.str_), return_index=True, return_inverse=True
+    )
+    if len(pool) < 2:
+        raise DataError(f"{name} has {len(pool)} test images; retrieval needs at least two")
+    dataset, _, subject = name.partition("/")
+    return Gallery(
+        dataset=dataset,
+        subject=subject,
+        holdout=holdout,
+        pool_M=tuple(pool.tolist()),
+        own_N=own_N.astype(np.int64),
+        repetition_N=repetitions_in_order(own_N),
+        trials_N=np.asarray(trials_N, dtype=np.str_),
+        targets={
+            kind: flatten(np.asarray(values)[first_M]).astype(np.float32)
+            for kind, values in targets.items()
+        },
+        categories_M=tuple(tuple(categories_N[row]) for row in first_M),
+        bayes=bayes or {},
+    )
+
+
+def make_classes(
+    targets: dict[str, NDArray[np.floating]], categories_M: Sequence[Sequence[str]]
+) -> Classes | None:
+    """Return class means over distinct training images, or None without two classes.
+
+    Args:
+        targets: kind of target -> (M, ...) standardised.
+        categories_M: categories of each training image.
+    """
+    labelled = [row for row, categories in enumerate(categories_M) if categories]
+    names: tuple[str, ...] = ()
+    means = {}
+    for kind, values in targets.items():
+        names, means[kind] = class_means(
+            flatten(np.asarray(values))[labelled], [categories_M[row] for row in labelled]
+        )
+    return Classes(names, means) if len(names) >= 2 else None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Cosines of one output's predictions with the pool and with the class means."""
+
+    pool_NM: NDArray[np.float32]
+    class_NC: NDArray[np.float32] | None
+
+
+def score(
+    gallery: Gallery, classes: Classes | None, output: str, predictions_NF: NDArray[np.floating]
+) -> Scores:
+    """Rank the predictions of an output; rows may be a part of the trials."""
+    kind = target_of(output)
+    pool_NM = cosine_scores(predictions_NF, gallery.targets[kind])
+    class_NC = cosine_scores(predictions_NF, classes.means[kind]) if classes else None
+    return Scores(pool_NM, class_NC)
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Return the scores of consecutive parts of the trials as one."""
+    classes = [part.class_NC for part in parts if part.class_NC is not None]
+    return Scores(
+        np.concatenate([part.pool_NM for part in parts]),
+        np.concatenate(classes) if classes else None,
+    )
+
+
+def tables(
+    gallery: Gallery,
+    classes: Classes | None,
+    scores: Scores,
+    model: str,
+    output: str,
+    seed: int,
+    stage: str = "final",
+) -> list[QueryTable]:
+    """Return the tables of all metrics for the scores of all trials."""
+    found = []
+    values = _retrieval_values(gallery, scores, gallery.own_N)
+    for metric, values_N in values.items():
+        found.append(_table(gallery, model, output, metric, seed, stage, values_N))
+    if classes is not None and scores.class_NC is not None:
+        truth_NC = truth_matrix(
+            [gallery.categories_M[image] for image in gallery.own_N], classes.names
+        )
+        known_N = truth_NC.any(axis=1)
+        if known_N.any():
+            hits = category_hits(scores.class_NC[known_N], truth_NC[known_N])
+            found.append(
+                _category_table(gallery, model, output, seed, stage, hits, truth_NC, known_N)
+            )
+    return found
+
+
+def shuffled_tables(
+    gallery: Gallery, scores: Scores, output: str, seed: int, shuffles: int = SHUFFLES
+) -> list[QueryTable]:
+    """Return the control: the same predictions, each brain given to an image at random.
+
+    Values are means over ``shuffles`` permutations. Anything but chance means that the ranking
+    knows the image without looking at the brain.
+    """
+    sums: dict[str, NDArray[np.float64]] = {}
+    for draw in range(shuffles):
+        shuffled_N = shuffled_brains(gallery.own_N, gallery.repetition_N, seed, draw)
+        for metric, values_N in _retrieval_values(gallery, scores, shuffled_N).items():
+            # A trial of the table stays with its own image: the values are those of the image
+            # that it was given, hence the change back to the order of images.
+            back_N = _same_image_order(shuffled_N, gallery.own_N)
+            sums[metric] = sums.get(metric, np.zeros(len(values_N))) + values_N[back_N]
+    return [
+        _table(gallery, "shuffled", output, metric, seed, "final", total_N / shuffles)
+        for metric, total_N in sums.items()
+    ]
+
+
+def _same_image_order(shuffled_N: NDArray[np.int64], own_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return rows of ``shuffled_N`` such that ``shuffled_N[rows] == own_N``."""
+    rows = np.empty(len(own_N), dtype=np.int64)
+    rows[np.argsort(own_N, kind="stable")] = np.argsort(shuffled_N, kind="stable")
+    return rows
+
+
+def _retrieval_values(
+    gallery: Gallery, scores: Scores, own_N: NDArray[np.int64]
+) -> dict[str, NDArray[np.float64]]:
+    pool_NM = scores.pool_NM
+    if pool_NM.shape != (len(gallery.own_N), len(gallery.pool_M)):
+        raise DataError(
+            f"{gallery.name}: scores {pool_NM.shape} for {len(gallery.own_N)} trials and "
+            f"{len(gallery.pool_M)} images"
+        )
+    forward = brain_to_image_hits(pool_NM, own_N)
+    backward = image_to_brain_hits(pool_NM, own_N, gallery.repetition_N)
+    return {
+        BRAIN_TO_IMAGE: forward.astype(np.float64),
+        IMAGE_TO_BRAIN: backward.astype(np.float64),
+    }
+
+
+def _table(
+    gallery: Gallery,
+    model: str,
+    output: str,
+    metric: str,
+    seed: int,
+    stage: str,
+    values_N: NDArray[np.floating],
+) -> QueryTable:
+    bayes = gallery.bayes.get(metric)
+    pool = len(gallery.pool_M)
+    return QueryTable(
+        key=TableKey(
+            gallery.dataset,
+            gallery.subject,
+            model,
+            output,
+            metric,
+            seed,
+            "start" if stage == "start" else "final",
+        ),
+        protocol=PROTOCOLS[metric],
+        chance=1.0 / pool,
+        pool=pool,
+        bayes=bayes.value if bayes else None,
+        bayes_se=bayes.se if bayes else 0.0,
+        holdout=gallery.holdout,
+        values_Q=values_N.astype(np.float32),
+        images_Q=np.asarray(gallery.pool_M)[gallery.own_N],
+        trials_Q=gallery.trials_N,
+    )
+
+
+def _category_table(
+    gallery: Gallery,
+    model: str,
+    output: str,
+    seed: int,
+    stage: str,
+    hits: NDArray[np.bool_],
+    truth_NC: NDArray[np.bool_],
+    known_N: NDArray[np.bool_],
+) -> QueryTable:
+    return QueryTable(
+        key=TableKey(
+            gallery.dataset,
+            gallery.subject,
+            model,
+            output,
+            CATEGORY,
+            seed,
+            "start" if stage == "start" else "final",
+        ),
+        protocol=CATEGORY_PROTOCOL,
+        chance=category_chance(truth_NC[known_N]),
+        pool=truth_NC.shape[1],
+        bayes=None,
+        bayes_se=0.0,
+        holdout=gallery.holdout,
+        values_Q=hits.astype(np.float32),
+        images_Q=np.asarray(gallery.pool_M)[gallery.own_N][known_N],
+        trials_Q=gallery.trials_N[known_N],
+    )

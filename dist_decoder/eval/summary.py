@@ -1,0 +1,266 @@
+"""From tables to the rows of ``report.json``: means, intervals, comparisons, warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dist_decoder.eval.queries import MODELS, OUTPUTS, QueryTable, TableKey, align
+from dist_decoder.eval.retrieval import BRAIN_TO_IMAGE, IMAGE_TO_BRAIN
+from dist_decoder.stats.intervals import (
+    Interval,
+    cluster_interval,
+    difference_from_estimate,
+    paired_interval,
+)
+
+ALL = "all"
+COMPARED = (
+    ("joint", "ridge"),
+    ("joint", "single"),
+    ("single", "ridge"),
+    ("adapted", "scratch"),
+    ("adapted", "ridge"),
+    ("adapted", "adapted at step 0"),
+)
+METRICS = (BRAIN_TO_IMAGE, IMAGE_TO_BRAIN, "category_top1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How intervals are computed."""
+
+    confidence: float
+    resamples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a report shows."""
+
+    results: list[dict[str, Any]]
+    comparisons: list[dict[str, Any]]
+    warnings: list[str]
+
+
+def summarise(tables: Sequence[QueryTable], settings: Settings) -> Summary:
+    """Return rows per subject and for ``subject: all``, paired comparisons, and warnings.
+
+    The row ``all`` of a dataset and model pools the queries of its subjects; an image that
+    several subjects saw stays one cluster. Held-out subjects are not pooled with the others.
+    """
+    tables = sorted([*tables, *_aggregates(tables)], key=_position)
+    final = [table for table in tables if table.key.stage == "final"]
+    start = {table.key: table for table in tables if table.key.stage == "start"}
+    results = [_row(table, start, settings) for table in final]
+    comparisons = _comparisons(tables, settings)
+    return Summary(results, comparisons, _warnings(results))
+
+
+def _aggregates(tables: Sequence[QueryTable]) -> list[QueryTable]:
+    groups: dict[TableKey, list[QueryTable]] = {}
+    for table in tables:
+        groups.setdefault(replace(table.key, subject=ALL), []).append(table)
+    pooled = []
+    for key, members in groups.items():
+        trained = [table for table in members if not table.holdout]
+        pooled.append(_pool(key, trained or members))
+    return pooled
+
+
+def _pool(key: TableKey, members: Sequence[QueryTable]) -> QueryTable:
+    counts = np.array([len(table.values_Q) for table in members])
+    values_Q = np.concatenate([table.values_Q for table in members])
+    bayes = [table.bayes for table in members]
+    known = [value for value in bayes if value is not None]
+    errors = np.array([table.bayes_se for table in members])
+    share = counts / counts.sum()
+    trials = [
+        np.char.add(f"{table.key.subject}:", table.trials_Q.astype(np.str_)) for table in members
+    ]
+    return QueryTable(
+        key=key,
+        protocol=members[0].protocol,
+        chance=float(share @ [table.chance for table in members]),
+        pool=round(float(share @ [table.pool for table in members])),
+        bayes=float(share @ known) if len(known) == len(members) else None,
+        bayes_se=float(np.sqrt(((share * errors) ** 2).sum())),
+        holdout=all(table.holdout for table in members),
+        values_Q=values_Q,
+        images_Q=np.concatenate([table.images_Q for table in members]),
+        trials_Q=np.concatenate(trials),
+    )
+
+
+def _position(table: QueryTable) -> tuple[Any, ...]:
+    key = table.key
+    return (
+        key.dataset,
+        METRICS.index(key.metric) if key.metric in METRICS else len(METRICS),
+        OUTPUTS.index(key.output) if key.output in OUTPUTS else len(OUTPUTS),  # type: ignore[arg-type]
+        MODELS.index(key.model) if key.model in MODELS else len(MODELS),
+        key.subject == ALL,
+        key.subject,
+        key.seed,
+        key.stage,
+    )
+
+
+def _row(
+    table: QueryTable, start: dict[TableKey, QueryTable], settings: Settings
+) -> dict[str, Any]:
+    interval = _interval(table, settings)
+    key = table.key
+    row: dict[str, Any] = {
+        "dataset": key.dataset,
+        "subject": key.subject,
+        "model": key.model,
+        "output": key.output,
+        "metric": key.metric,
+        "value": interval.value,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "chance": table.chance,
+        "bayes": table.bayes,
+        "pool": table.pool,
+        "num_stimuli": interval.num_clusters,
+        "num_queries": interval.num_queries,
+        "repetitions": 1,
+        "protocol": table.protocol,
+        "seed": key.seed,
+        "holdout": table.holdout,
+    }
+    begun = start.get(replace(key, stage="start"))
+    if begun is not None:
+        first = _interval(begun, settings)
+        row["step0"] = first.value
+        row["step0_ci_low"] = first.low
+        row["step0_ci_high"] = first.high
+    if table.bayes is not None:
+        above = difference_from_estimate(interval, table.bayes, table.bayes_se, settings.confidence)
+        row["above_bayes"] = above.low > 0
+    return row
+
+
+def _interval(table: QueryTable, settings: Settings) -> Interval:
+    return cluster_interval(
+        table.values_Q,
+        table.images_Q,
+        confidence=settings.confidence,
+        resamples=settings.resamples,
+        seed=settings.seed,
+    )
+
+
+def _comparisons(tables: Sequence[QueryTable], settings: Settings) -> list[dict[str, Any]]:
+    found = []
+    for a, b in COMPARED:
+        for first in _of(tables, a):
+            if first.key.subject == ALL:
+                continue
+            partners = [table for table in _of(tables, b) if _same_subject(table, first)]
+            same_seed = [table for table in partners if table.key.seed == first.key.seed]
+            for second in (same_seed or partners)[:1]:
+                found.append((a, b, first, second))
+    rows = []
+    groups: dict[tuple[Any, ...], list[tuple[QueryTable, QueryTable]]] = {}
+    for a, b, first, second in found:
+        pair = align(first, second)
+        if pair is None:
+            continue
+        key = first.key
+        rows.append(_comparison(a, b, key, [pair], settings))
+        group = (a, b, replace(key, subject=ALL, stage="final"))
+        groups.setdefault(group, []).append(pair)
+    rows += [_comparison(a, b, key, pairs, settings) for (a, b, key), pairs in groups.items()]
+    for table in tables:
+        if table.bayes is None or table.key.model not in ("joint", "single", "adapted"):
+            continue
+        if table.key.stage == "final":
+            rows.append(_below_bayes(table, settings))
+    return rows
+
+
+def _of(tables: Iterable[QueryTable], name: str) -> list[QueryTable]:
+    model, stage = (name, "final") if name in MODELS else ("adapted", "start")
+    return [t for t in tables if t.key.model == model and t.key.stage == stage]
+
+
+def _same_subject(one: QueryTable, other: QueryTable) -> bool:
+    fields = ("dataset", "subject", "output", "metric")
+    if any(getattr(one.key, name) != getattr(other.key, name) for name in fields):
+        # Ridge has no prior: tokens sampled from a prior are compared with its tokens.
+        is_prior = other.key.output == "prior" and one.key.output == "tokens"
+        if not (is_prior and one.key.model == "ridge"):
+            return False
+        return all(getattr(one.key, n) == getattr(other.key, n) for n in fields if n != "output")
+    return one.protocol == other.protocol
+
+
+def _comparison(
+    a: str,
+    b: str,
+    key: TableKey,
+    pairs: Sequence[tuple[QueryTable, QueryTable]],
+    settings: Settings,
+) -> dict[str, Any]:
+    interval = paired_interval(
+        np.concatenate([first.values_Q for first, _ in pairs]),
+        np.concatenate([second.values_Q for _, second in pairs]),
+        np.concatenate([first.images_Q for first, _ in pairs]),
+        confidence=settings.confidence,
+        resamples=settings.resamples,
+        seed=settings.seed,
+    )
+    return _difference_row(a, b, key, interval, paired=True)
+
+
+def _below_bayes(table: QueryTable, settings: Settings) -> dict[str, Any]:
+    interval = difference_from_estimate(
+        _interval(table, settings), table.bayes or 0.0, table.bayes_se, settings.confidence
+    )
+    return _difference_row(table.key.model, "bayes", table.key, interval, paired=False)
+
+
+def _difference_row(
+    a: str, b: str, key: TableKey, interval: Interval, paired: bool
+) -> dict[str, Any]:
+    return {
+        "dataset": key.dataset,
+        "subject": key.subject,
+        "a": a,
+        "b": b,
+        "metric": key.metric,
+        "output": key.output,
+        "difference": interval.value,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "paired": paired,
+        "num_stimuli": interval.num_clusters,
+        "num_queries": interval.num_queries,
+        "seed": key.seed,
+    }
+
+
+def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
+    found = []
+    for row in results:
+        where = "{dataset} {subject}, {model} {output} {metric}".format(**row)
+        if row.get("above_bayes"):
+            found.append(
+                f"suspected leakage: {where} = {row['value']:.3f} lies above the optimum "
+                f"{row['bayes']:.3f} that no decoder can exceed; compare the split of training "
+                "and test images"
+            )
+        at_chance = row["ci_low"] <= row["chance"] <= row["ci_high"]
+        if row["model"] == "shuffled" and row["subject"] == ALL and not at_chance:
+            found.append(
+                f"control failed: {where} = {row['value']:.4f} "
+                f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}] is not at chance "
+                f"({row['chance']:.4f})"
+            )
+    return found
