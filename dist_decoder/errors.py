@@ -43,5 +43,11 @@ class TrainingError(DistDecoderError):
     """Training cannot go on (non-finite loss, dead rank)."""
 
 
+class StoppedError(DistDecoderError):
+    """Training was asked to stop by a signal, saved a checkpoint, and can be started again."""
+
+    exit_code = 75
+
+
 class LaunchError(DistDecoderError):
     """A rank failed or a job could not be started."""

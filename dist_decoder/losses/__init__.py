@@ -1,1 +1,1 @@
-"""Loss terms: pure functions of gathered tensors."""
+"""Loss terms: pure functions of tensors. They never see a process group."""

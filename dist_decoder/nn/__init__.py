@@ -1,1 +1,1 @@
-"""The decoder: subject ridge layers, backbone, heads, prior, adapters."""
+"""Subject ridge layers, shared backbone, heads, diffusion prior, and the decoder made of them."""

@@ -1,1 +1,1 @@
-"""Engine, step, loop, checkpoints, logs."""
+"""Training: engine, step, loop, checkpoints, run folder, logs."""

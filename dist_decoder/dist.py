@@ -1,0 +1,156 @@
+"""Process group and the collectives that training needs. At one rank every one is the identity."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from dist_decoder.errors import ConfigError, TrainingError
+
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str = "auto", timeout_s: int = 1800) -> World:
+    """Join the process group named by the environment, or form one of a single rank.
+
+    Args:
+        device: ``auto`` takes CUDA where it exists; ``cpu``; ``cuda``.
+        timeout_s: longest wait in a collective, seconds.
+
+    Raises:
+        ConfigError: CUDA was asked for and is absent, or the environment names a rank and lacks
+            the rest of what a launcher sets.
+    """
+    chosen = pick_device(device)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        if not torch_dist.is_initialized():
+            torch_dist.init_process_group(
+                backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+        return World(torch_dist.get_rank(), torch_dist.get_world_size(), chosen)
+    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"the environment names a rank but not {', '.join(missing)}: start several ranks with "
+            "`dist-launch local` or `torchrun`, or unset RANK and WORLD_SIZE for one rank"
+        )
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    if not torch_dist.is_initialized():
+        torch_dist.init_process_group(backend, timeout=timeout)
+    return World(torch_dist.get_rank(), torch_dist.get_world_size(), chosen)
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device that ``auto``, ``cpu`` or ``cuda`` means on this machine."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r} but torch sees no CUDA device; use device=cpu or auto")
+    return torch.device(device)
+
+
+def stop() -> None:
+    """Leave the process group. Without this, a rank on CPU now and then aborts while it exits."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, counts: tuple[int, ...], rank: int) -> Tensor:
+        ctx.start = sum(counts[:rank])
+        ctx.count = counts[rank]
+        return _all_gather(own, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad[ctx.start : ctx.start + ctx.count], None, None
+
+
+def _all_gather(own: Tensor, counts: Sequence[int]) -> Tensor:
+    longest = max(counts)
+    padded = own.new_zeros((longest, *own.shape[1:]))
+    padded[: len(own)] = own
+    received = [torch.empty_like(padded) for _ in counts]
+    torch_dist.all_gather(received, padded)
+    return torch.cat([block[:count] for block, count in zip(received, counts, strict=True)])
+
+
+def gather(own: Tensor, counts: Sequence[int], world: World) -> Tensor:
+    """Concatenate the rows of all ranks in rank order.
+
+    Args:
+        own: (counts[rank], ...) rows of this rank; every rank gives the same trailing shape.
+        counts: rows of each rank, known everywhere without asking; zero is allowed.
+        world: this process.
+
+    Returns:
+        (sum(counts), ...). Its backward passes this rank's rows of the *local* gradient on and
+        adds nothing up: right when every rank computes the same loss from the gathered rows,
+        because the sum over ranks then happens once, when parameter gradients are averaged.
+
+    Raises:
+        TrainingError: this rank holds another number of rows than ``counts`` says.
+    """
+    if len(counts) != world.size or counts[world.rank] != len(own):
+        raise TrainingError(
+            f"rank {world.rank} of {world.size} gathers {len(own)} rows but the plan says "
+            f"{list(counts)}: the loader and the step disagree about the global batch"
+        )
+    if world.size == 1:
+        return own
+    return _Gather.apply(own, tuple(counts), world.rank)
+
+
+def sum_over_ranks(values: Tensor, world: World) -> Tensor:
+    """Return the sum of ``values`` over ranks; no gradient."""
+    values = values.detach().clone()
+    if world.size > 1:
+        torch_dist.all_reduce(values)
+    return values
+
+
+def broadcast(tensor: Tensor, world: World, source: int = 0) -> Tensor:
+    """Overwrite ``tensor`` by that of rank ``source`` and return it."""
+    if world.size > 1:
+        torch_dist.broadcast(tensor, src=source)
+    return tensor
+
+
+def broadcast_object(value: Any, world: World, source: int = 0) -> Any:
+    """Return the JSON-like value of rank ``source`` on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=source, device=world.device)
+    return box[0]
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks."""
+    if world.size > 1:
+        torch_dist.barrier()

@@ -1,0 +1,213 @@
+"""The decoder: subject ridge layers, shared backbone, token and pooled heads, prior.
+
+``ends`` holds the two wide layers (ridge, tokens), ``middle`` the rest: the ends are the parts
+that can be cut over ranks by latent rows and by tokens.
+
+Axes: B samples, V voxels of one subject, L latents, T tokens, D token width, E pooled width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dist_decoder.config.train import LossConfig, ModelConfig
+from dist_decoder.errors import ConfigError
+from dist_decoder.nn.backbone import make_backbone
+from dist_decoder.nn.diffusion import DiffusionPrior, sample_times
+from dist_decoder.nn.heads import PooledHead, RetrievalProjector, TokenHead
+from dist_decoder.nn.initialise import initialise
+from dist_decoder.nn.keyed import SampleKeys, keyed_dropout
+from dist_decoder.nn.ridge import SubjectRidges
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the decoder says about some scans; targets' standardised units, float32, on CPU."""
+
+    latents_BL: Tensor
+    pooled_BE: Tensor | None
+    tokens_BTD: Tensor | None
+    """Tokens of the token head: the condition of the prior."""
+    retrieval_BTD: Tensor | None
+    """Projected tokens, trained by the contrastive loss: what is ranked for ``tokens``."""
+
+
+class Decoder(nn.Module):
+    """Voxels of any known subject to pooled embedding and tokens."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        subjects: Mapping[str, int],
+        pooled_dim: int | None,
+        token_shape: tuple[int, int] | None,
+        seed: int = 0,
+    ) -> None:
+        """Make the decoder with its start values.
+
+        Args:
+            config: sizes and switches.
+            subjects: ``dataset/subject`` -> number of voxels.
+            pooled_dim: E of the encoder, None if it has none.
+            token_shape: (T, D) of the encoder, None if it has none.
+            seed: of the start values, which depend on it and on the parameters' names alone.
+
+        Raises:
+            ConfigError: an output is switched on that the encoder has no targets for, or a size
+                does not fit.
+        """
+        super().__init__()
+        if config.tokens and token_shape is None:
+            raise ConfigError(
+                "model.tokens is on but the encoder of these shards gives no tokens: set "
+                "model.tokens=false model.prior.enabled=false"
+            )
+        if config.pooled and pooled_dim is None:
+            raise ConfigError("model.pooled is on but the encoder gives no pooled embedding")
+        if config.prior.enabled and token_shape and (token_shape[1] < 4 or token_shape[1] % 2):
+            raise ConfigError(f"the prior needs an even token width of at least 4: {token_shape}")
+        self.config = config
+        self.pooled_dim = pooled_dim if config.pooled else None
+        self.token_shape = token_shape if config.tokens else None
+        latent_dim = config.latent_dim
+        self.ends = nn.Module()
+        self.ends.ridge = SubjectRidges(subjects, latent_dim)
+        self.middle = nn.Module()
+        self.middle.backbone = make_backbone(latent_dim, config.backbone)
+        if self.pooled_dim is not None:
+            self.middle.pooled = PooledHead(latent_dim, self.pooled_dim, config.pooled_hidden)
+        if self.token_shape is not None:
+            self.ends.tokens = TokenHead(latent_dim, *self.token_shape)
+            self.middle.projector = RetrievalProjector(self.token_shape[1])
+            if config.prior.enabled:
+                self.middle.prior = DiffusionPrior(config.prior, *self.token_shape)
+        initialise(self, seed)
+
+    @property
+    def ridge(self) -> SubjectRidges:
+        """The subject layers."""
+        return self.ends.ridge  # type: ignore[return-value]
+
+    @property
+    def has_prior(self) -> bool:
+        return hasattr(self.middle, "prior")
+
+    def train_only_for(self, loss: LossConfig) -> list[str]:
+        """Freeze the parts whose loss terms are all switched off, and return their names.
+
+        A part without a gradient would still be decayed by AdamW, and never be of use.
+        """
+        unused = []
+        wanted = {
+            "middle.pooled": loss.pooled_contrastive or loss.pooled_mse,
+            "middle.projector": loss.token_contrastive,
+            "middle.prior": loss.prior,
+            "ends.tokens": loss.token_contrastive or loss.token_mse or loss.prior,
+        }
+        for name, weight in wanted.items():
+            side, _, part = name.partition(".")
+            module = getattr(getattr(self, side), part, None)
+            if module is not None and not weight:
+                module.requires_grad_(False)
+                unused.append(name)
+        return unused
+
+    def forward(
+        self,
+        voxels: Mapping[str, Tensor],
+        rows: Mapping[str, Tensor],
+        batch_size: int,
+        keys: SampleKeys | None = None,
+        prior_target_BTD: Tensor | None = None,
+        outputs: tuple[str, ...] = ("pooled", "tokens", "retrieval"),
+    ) -> dict[str, Tensor]:
+        """Return the wanted outputs by name, in batch order.
+
+        Args:
+            voxels: subject -> (b, V).
+            rows: subject -> (b,) places in the batch.
+            batch_size: B.
+            keys: identities of the samples in training (noise, dropout); None in inference.
+            prior_target_BTD: clean tokens; with keys, adds the output ``prior`` (B, T, D).
+            outputs: of ``pooled``, ``tokens``, ``retrieval``, ``prior``.
+        """
+        if keys is not None and self.config.voxel_noise > 0:
+            voxels = self._add_noise(voxels, rows, keys)
+        latents = self.ridge(voxels, rows, batch_size)
+        latents = keyed_dropout(latents, self.config.ridge_dropout, keys, "ridge-dropout")
+        latents = self.middle.backbone(latents, keys)
+        found = {"latents": latents}
+        if "pooled" in outputs and self.pooled_dim is not None:
+            found["pooled"] = self.middle.pooled(latents)
+        if self.token_shape is not None and {"tokens", "retrieval", "prior"} & set(outputs):
+            found["tokens"] = self.ends.tokens(latents)
+            if "retrieval" in outputs:
+                found["retrieval"] = self.middle.projector(found["tokens"])
+            if "prior" in outputs and keys is not None and prior_target_BTD is not None:
+                found["prior"] = self.middle.prior(found["tokens"], prior_target_BTD, keys)
+        return found
+
+    def _add_noise(
+        self, voxels: Mapping[str, Tensor], rows: Mapping[str, Tensor], keys: SampleKeys
+    ) -> dict[str, Tensor]:
+        noisy = {}
+        for name, value in voxels.items():
+            own = keys.select(rows[name].tolist())
+            noise = own.normal("voxel-noise", (value.shape[1],), value.device)
+            noisy[name] = value + self.config.voxel_noise * noise.to(value.dtype)
+        return noisy
+
+    @torch.no_grad()
+    def predict(self, voxels_BV: Tensor, subject: str, batch_size: int = 512) -> Prediction:
+        """Return the prediction for normalised voxels of one subject.
+
+        Args:
+            voxels_BV: in the units of training.
+            subject: ``dataset/subject``.
+            batch_size: rows at a time; changes memory, not results.
+        """
+        device = next(self.parameters()).device
+        parts: list[dict[str, Tensor]] = []
+        for chunk in voxels_BV.split(batch_size):
+            rows = torch.arange(len(chunk), device=device)
+            found = self(
+                {subject: chunk.to(device, torch.float32)}, {subject: rows}, len(chunk)
+            )
+            parts.append({name: value.float().cpu() for name, value in found.items()})
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return Prediction(
+            latents_BL=joined["latents"],
+            pooled_BE=joined.get("pooled"),
+            tokens_BTD=joined.get("tokens"),
+            retrieval_BTD=joined.get("retrieval"),
+        )
+
+    @torch.no_grad()
+    def sample_prior(self, tokens_BTD: Tensor, seed: int = 0, batch_size: int = 256) -> Tensor:
+        """Return image tokens_BTD sampled from the prior, float32 on CPU.
+
+        The noise of a row depends on (seed, its place among the rows, step): the same rows give
+        the same samples whatever ``batch_size`` is.
+        """
+        if not self.has_prior:
+            raise ConfigError("this model was trained without a prior (model.prior.enabled=false)")
+        device = next(self.parameters()).device
+        prior: DiffusionPrior = self.middle.prior  # type: ignore[assignment]
+        steps = len(sample_times(prior.config.timesteps, prior.config.sample_steps))
+        done = []
+        for start in range(0, len(tokens_BTD), batch_size):
+            brain = tokens_BTD[start : start + batch_size].to(device)
+            places = tuple(range(start, start + len(brain)))
+            done.append(prior.sample(brain, self._draws(seed, places, steps, device)).cpu())
+        return torch.cat(done) if done else tokens_BTD.cpu()
+
+    def _draws(
+        self, seed: int, places: tuple[int, ...], steps: int, device: torch.device
+    ) -> Iterator[Tensor]:
+        assert self.token_shape is not None
+        for step in range(steps):
+            yield SampleKeys(seed, step, places).normal("prior-sample", self.token_shape, device)

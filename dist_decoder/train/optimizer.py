@@ -1,0 +1,131 @@
+"""AdamW with a running average of the weights, parameter groups, and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_decoder.config.train import OptimConfig
+
+_NOT_DECAYED = ("bias", "g", "learned_query", "null_brain", "null_image", "null_kv", "embedding")
+"""Last parts of parameter names that weight decay leaves alone, besides LayerNorm weights."""
+
+
+class AveragingAdamW(torch.optim.AdamW):
+    """AdamW that can keep an exponential moving average of its weights as a third state.
+
+    As optimizer state the average is float32 and cut over the ranks exactly as the moments are,
+    whatever the ZeRO stage. The decay grows from 0.1 to its final value, as (1 + t) / (10 + t), so
+    that the average forgets the start.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], ema_decay: float, **defaults: Any) -> None:
+        super().__init__(groups, **defaults)
+        self.ema_decay = ema_decay
+
+    def start_state(self, masters: Iterable[Tensor], step: int = 0) -> None:
+        """Make the state of the given (flat) weights as it is after ``step`` updates of nothing."""
+        for master in masters:
+            state = self.state[master]
+            state["step"] = torch.full((), float(step), device=master.device)
+            state["exp_avg"] = torch.zeros_like(master)
+            state["exp_avg_sq"] = torch.zeros_like(master)
+            if self.ema_decay > 0:
+                state["ema"] = master.detach().clone()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        result = super().step(closure)
+        if self.ema_decay > 0:
+            for group in self.param_groups:
+                for master in group["params"]:
+                    state = self.state[master]
+                    if "ema" in state:
+                        count = float(state["step"])
+                        decay = min(self.ema_decay, (1 + count) / (10 + count))
+                        state["ema"].lerp_(master.detach(), 1 - decay)
+        return result
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model that a parameter belongs to: ridge, prior or backbone."""
+    if name.startswith("ends.ridge."):
+        return "ridge"
+    if name.startswith("middle.prior."):
+        return "prior"
+    return "backbone"
+
+
+def is_decayed(name: str, module_kind: type[nn.Module]) -> bool:
+    """Return whether weight decay applies: to weights of linear layers, nothing else.
+
+    Differs from MindEye2, where ``bias`` in the name was the only exception, so that LayerNorms and
+    prior gains were decayed.
+    """
+    return name.rpartition(".")[2] not in _NOT_DECAYED and module_kind is not nn.LayerNorm
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Return the groups of trainable parameters: part x decayed or not, in a fixed order."""
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                full_name = f"{prefix}.{name}"
+                key = (part_of(full_name), is_decayed(full_name, type(module)))
+                members.setdefault(key, []).append(parameter)
+    scales = {
+        "ridge": config.ridge_lr_scale,
+        "backbone": config.backbone_lr_scale,
+        "prior": config.prior_lr_scale,
+    }
+    groups = []
+    for part, scale in scales.items():
+        for decayed in (True, False):
+            if (part, decayed) not in members:
+                continue
+            decay = config.ridge_weight_decay if part == "ridge" else config.weight_decay
+            groups.append(
+                {
+                    "params": members[part, decayed],
+                    "name": f"{part}/{'decay' if decayed else 'no-decay'}",
+                    "lr_scale": scale,
+                    "weight_decay": decay if decayed else 0.0,
+                }
+            )
+    return groups
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> AveragingAdamW:
+    """Return the optimizer; its learning rate is zero until ``set_learning_rate``."""
+    # Some engine wrappers take a step on zero gradients while they start: at lr 0 it does nothing.
+    return AveragingAdamW(
+        parameter_groups(model, config),
+        ema_decay=config.ema_decay,
+        lr=0.0,
+        betas=config.betas,
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimConfig, step: int) -> float:
+    """Return the learning rate of global step ``step`` (0-based), before the parts' scales.
+
+    Linear over ``warmup_steps``, then half a cosine that ends at ``lr * final_lr_scale``.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    span = max(config.steps - 1 - config.warmup_steps, 1)
+    progress = min((step - config.warmup_steps) / span, 1.0)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.final_lr_scale + (1 - config.final_lr_scale) * cosine)
+
+
+def set_learning_rate(groups: list[dict[str, Any]], rate: float) -> None:
+    """Set the rate of every group to ``rate`` times its part's scale."""
+    for group in groups:
+        group["lr"] = rate * group["lr_scale"]
