@@ -55,7 +55,7 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Gallery:
+class SubjectTrials:
     """The test trials of one subject and the images they are ranked against."""
 
     dataset: str
@@ -84,7 +84,7 @@ def target_of(output: str) -> str:
     return "tokens" if output == "prior" else output
 
 
-def make_gallery(
+def make_trials(
     name: str,
     image_uids_N: Sequence[str],
     trials_N: Sequence[str],
@@ -93,7 +93,7 @@ def make_gallery(
     *,
     holdout: bool = False,
     bayes: dict[str, Bayes] | None = None,
-) -> Gallery:
+) -> SubjectTrials:
     """Group the test trials of one subject (``dataset/subject``) by image.
 
     Args:
@@ -113,7 +113,7 @@ def make_gallery(
     if len(pool) < 2:
         raise DataError(f"{name} has {len(pool)} test images; retrieval needs at least two")
     dataset, _, subject = name.partition("/")
-    return Gallery(
+    return SubjectTrials(
         dataset=dataset,
         subject=subject,
         holdout=holdout,
@@ -158,11 +158,14 @@ class Scores:
 
 
 def score(
-    gallery: Gallery, classes: Classes | None, output: str, predictions_NF: NDArray[np.floating]
+    trials: SubjectTrials,
+    classes: Classes | None,
+    output: str,
+    predictions_NF: NDArray[np.floating],
 ) -> Scores:
     """Rank the predictions of an output; rows may be a part of the trials."""
     kind = target_of(output)
-    pool_NM = cosine_scores(predictions_NF, gallery.targets[kind])
+    pool_NM = cosine_scores(predictions_NF, trials.targets[kind])
     class_NC = cosine_scores(predictions_NF, classes.means[kind]) if classes else None
     return Scores(pool_NM, class_NC)
 
@@ -177,7 +180,7 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
 
 
 def tables(
-    gallery: Gallery,
+    trials: SubjectTrials,
     classes: Classes | None,
     scores: Scores,
     model: str,
@@ -187,24 +190,24 @@ def tables(
 ) -> list[QueryTable]:
     """Return the tables of all metrics for the scores of all trials."""
     found = []
-    values = _retrieval_values(gallery, scores, gallery.own_N)
+    values = _retrieval_values(trials, scores, trials.own_N)
     for metric, values_N in values.items():
-        found.append(_table(gallery, model, output, metric, seed, stage, values_N))
+        found.append(_table(trials, model, output, metric, seed, stage, values_N))
     if classes is not None and scores.class_NC is not None:
         truth_NC = truth_matrix(
-            [gallery.categories_M[image] for image in gallery.own_N], classes.names
+            [trials.categories_M[image] for image in trials.own_N], classes.names
         )
-        known_N = truth_NC.any(axis=1)
+        known_N = np.asarray(truth_NC.any(axis=1))
         if known_N.any():
             hits = category_hits(scores.class_NC[known_N], truth_NC[known_N])
             found.append(
-                _category_table(gallery, model, output, seed, stage, hits, truth_NC, known_N)
+                _category_table(trials, model, output, seed, stage, hits, truth_NC, known_N)
             )
     return found
 
 
 def shuffled_tables(
-    gallery: Gallery, scores: Scores, output: str, seed: int, shuffles: int = SHUFFLES
+    trials: SubjectTrials, scores: Scores, output: str, seed: int, shuffles: int = SHUFFLES
 ) -> list[QueryTable]:
     """Return the control: the same predictions, each brain given to an image at random.
 
@@ -213,14 +216,14 @@ def shuffled_tables(
     """
     sums: dict[str, NDArray[np.float64]] = {}
     for draw in range(shuffles):
-        shuffled_N = shuffled_brains(gallery.own_N, gallery.repetition_N, seed, draw)
-        for metric, values_N in _retrieval_values(gallery, scores, shuffled_N).items():
+        shuffled_N = shuffled_brains(trials.own_N, trials.repetition_N, seed, draw)
+        for metric, values_N in _retrieval_values(trials, scores, shuffled_N).items():
             # A trial of the table stays with its own image: the values are those of the image
             # that it was given, hence the change back to the order of images.
-            back_N = _same_image_order(shuffled_N, gallery.own_N)
+            back_N = _same_image_order(shuffled_N, trials.own_N)
             sums[metric] = sums.get(metric, np.zeros(len(values_N))) + values_N[back_N]
     return [
-        _table(gallery, "shuffled", output, metric, seed, "final", total_N / shuffles)
+        _table(trials, "shuffled", output, metric, seed, "final", total_N / shuffles)
         for metric, total_N in sums.items()
     ]
 
@@ -233,16 +236,16 @@ def _same_image_order(shuffled_N: NDArray[np.int64], own_N: NDArray[np.int64]) -
 
 
 def _retrieval_values(
-    gallery: Gallery, scores: Scores, own_N: NDArray[np.int64]
+    trials: SubjectTrials, scores: Scores, own_N: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float64]]:
     pool_NM = scores.pool_NM
-    if pool_NM.shape != (len(gallery.own_N), len(gallery.pool_M)):
+    if pool_NM.shape != (len(trials.own_N), len(trials.pool_M)):
         raise DataError(
-            f"{gallery.name}: scores {pool_NM.shape} for {len(gallery.own_N)} trials and "
-            f"{len(gallery.pool_M)} images"
+            f"{trials.name}: scores {pool_NM.shape} for {len(trials.own_N)} trials and "
+            f"{len(trials.pool_M)} images"
         )
     forward = brain_to_image_hits(pool_NM, own_N)
-    backward = image_to_brain_hits(pool_NM, own_N, gallery.repetition_N)
+    backward = image_to_brain_hits(pool_NM, own_N, trials.repetition_N)
     return {
         BRAIN_TO_IMAGE: forward.astype(np.float64),
         IMAGE_TO_BRAIN: backward.astype(np.float64),
@@ -250,7 +253,7 @@ def _retrieval_values(
 
 
 def _table(
-    gallery: Gallery,
+    trials: SubjectTrials,
     model: str,
     output: str,
     metric: str,
@@ -258,12 +261,12 @@ def _table(
     stage: str,
     values_N: NDArray[np.floating],
 ) -> QueryTable:
-    bayes = gallery.bayes.get(metric)
-    pool = len(gallery.pool_M)
+    bayes = trials.bayes.get(metric)
+    pool = len(trials.pool_M)
     return QueryTable(
         key=TableKey(
-            gallery.dataset,
-            gallery.subject,
+            trials.dataset,
+            trials.subject,
             model,
             output,
             metric,
@@ -275,15 +278,15 @@ def _table(
         pool=pool,
         bayes=bayes.value if bayes else None,
         bayes_se=bayes.se if bayes else 0.0,
-        holdout=gallery.holdout,
+        holdout=trials.holdout,
         values_Q=values_N.astype(np.float32),
-        images_Q=np.asarray(gallery.pool_M)[gallery.own_N],
-        trials_Q=gallery.trials_N,
+        images_Q=np.asarray(trials.pool_M)[trials.own_N],
+        trials_Q=trials.trials_N,
     )
 
 
 def _category_table(
-    gallery: Gallery,
+    trials: SubjectTrials,
     model: str,
     output: str,
     seed: int,
@@ -294,8 +297,8 @@ def _category_table(
 ) -> QueryTable:
     return QueryTable(
         key=TableKey(
-            gallery.dataset,
-            gallery.subject,
+            trials.dataset,
+            trials.subject,
             model,
             output,
             CATEGORY,
@@ -307,8 +310,8 @@ def _category_table(
         pool=truth_NC.shape[1],
         bayes=None,
         bayes_se=0.0,
-        holdout=gallery.holdout,
+        holdout=trials.holdout,
         values_Q=hits.astype(np.float32),
-        images_Q=np.asarray(gallery.pool_M)[gallery.own_N][known_N],
-        trials_Q=gallery.trials_N[known_N],
+        images_Q=np.asarray(trials.pool_M)[trials.own_N][known_N],
+        trials_Q=trials.trials_N[known_N],
     )

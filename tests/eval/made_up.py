@@ -2,14 +2,21 @@
 
 import numpy as np
 
-from dist_decoder.eval.evaluate import Bayes, Gallery, Scores, make_gallery, shuffled_tables, tables
+from dist_decoder.eval.evaluate import (
+    Bayes,
+    Scores,
+    SubjectTrials,
+    make_trials,
+    shuffled_tables,
+    tables,
+)
 from dist_decoder.eval.retrieval import cosine_scores
 from dist_decoder.rng import numpy_generator
 
 
-def gallery(
+def made_up_trials(
     name, num_images=23, repetitions=3, width=6, seed=0, bayes=0.9, holdout=False, trials="t"
-) -> Gallery:
+) -> SubjectTrials:
     """A subject whose images have random pooled and token targets."""
     dataset = name.partition("/")[0]
     images = numpy_generator(seed, "made-up images", dataset)
@@ -19,7 +26,7 @@ def gallery(
     own_N = numpy_generator(seed, "made-up order", name).permutation(own_N)
     uids = [f"{dataset}:{image:03d}" for image in own_N]
     score = {"brain_to_image_top1": Bayes(bayes, 0.01)} if bayes is not None else None
-    return make_gallery(
+    return make_trials(
         name,
         uids,
         [f"{trials}{trial}" for trial in range(len(own_N))],
@@ -30,14 +37,14 @@ def gallery(
     )
 
 
-def predictions(subject: Gallery, kind: str, signal: float, seed: int = 0):
+def predictions(subject: SubjectTrials, kind: str, signal: float, seed: int = 0):
     """Targets times ``signal`` plus unit noise: (N, F)."""
     targets_NF = subject.targets[kind][subject.own_N]
     generator = numpy_generator(seed, "made-up noise", subject.name, kind)
     return signal * targets_NF + generator.normal(size=targets_NF.shape)
 
 
-def made_up_tables(subject: Gallery, model: str, signal: float, seed: int = 0, stage="final"):
+def made_up_tables(subject: SubjectTrials, model: str, signal: float, seed: int = 0, stage="final"):
     """Tables of both kinds of targets (no categories)."""
     found = []
     for kind in ("pooled", "tokens"):

@@ -2,24 +2,24 @@
 
 import numpy as np
 import pytest
+from made_up import made_up_tables, made_up_trials, predictions
 
 from dist_decoder.errors import DataError
 from dist_decoder.eval.baseline import fit_ridge_decoder
 from dist_decoder.eval.evaluate import (
     join_scores,
     make_classes,
-    make_gallery,
+    make_trials,
     score,
     shuffled_tables,
     tables,
 )
 from dist_decoder.rng import numpy_generator
-from made_up import gallery, made_up_tables, predictions
 
 
-def test_gallery_groups_trials_by_image():
+def test_trials_are_grouped_trials_by_image():
     targets_NF = np.array([[2.0, 1], [1, 5], [2, 1], [0, 7]])
-    found = make_gallery(
+    found = make_trials(
         "nsd/subj01",
         ["coco:9", "coco:10", "coco:9", "coco:2"],
         ["a", "b", "c", "d"],
@@ -33,11 +33,11 @@ def test_gallery_groups_trials_by_image():
     assert found.categories_M == (("dog", "cat"), (), ("cat",))
     assert (found.dataset, found.subject) == ("nsd", "subj01")
     with pytest.raises(DataError, match="at least two"):
-        make_gallery("nsd/x", ["a"], ["0"], {"pooled": targets_NF[:1]}, [()])
+        make_trials("nsd/x", ["a"], ["0"], {"pooled": targets_NF[:1]}, [()])
 
 
 def test_tables_name_trials_images_and_chance():
-    subject = gallery("nsd/subj01", num_images=7)
+    subject = made_up_trials("nsd/subj01", num_images=7)
     found = {t.key.metric: t for t in made_up_tables(subject, "joint", 50.0)}
     table = found["brain_to_image_top1"]
     assert table.values_Q.mean() == 1.0
@@ -49,14 +49,14 @@ def test_tables_name_trials_images_and_chance():
 
 
 def test_prior_is_ranked_against_tokens():
-    subject = gallery("nsd/subj01")
+    subject = made_up_trials("nsd/subj01")
     tokens_NF = predictions(subject, "tokens", 2.0)
     as_prior = score(subject, None, "prior", tokens_NF).pool_NM
     assert (as_prior == score(subject, None, "tokens", tokens_NF).pool_NM).all()
 
 
 def test_scores_of_parts_are_joined_in_order():
-    subject = gallery("nsd/subj01")
+    subject = made_up_trials("nsd/subj01")
     classes = make_classes({"pooled": subject.targets["pooled"]}, subject.categories_M)
     rows_NF = predictions(subject, "pooled", 1.0)
     whole = score(subject, classes, "pooled", rows_NF)
@@ -68,7 +68,7 @@ def test_scores_of_parts_are_joined_in_order():
 
 def _categories(subject, classes, rows_NF):
     scores = score(subject, classes, "pooled", rows_NF)
-    found = [t for t in tables(subject, classes, scores, "joint", "pooled", 0)]
+    found = tables(subject, classes, scores, "joint", "pooled", 0)
     return next((t for t in found if t.key.metric == "category_top1"), None)
 
 
@@ -86,7 +86,7 @@ def test_category_is_the_nearest_mean_of_training_targets():
     test_N = np.array([0, 0, 1, 2, 2, 2])
     # The last image belongs to a class that was never trained: it cannot be asked.
     categories = [*(names[c] for c in test_N[:5]), ("yak",)]
-    subject = make_gallery(
+    subject = make_trials(
         "nsd/subj01", list("uvwxyz"), list("123456"), {"pooled": np.eye(6, 5) + 1}, categories
     )
     answers = centres[[0, 1, 1, 2, 2, 2]]
@@ -99,19 +99,19 @@ def test_category_is_the_nearest_mean_of_training_targets():
 
 def test_category_of_an_image_with_several_and_without_classes():
     classes = make_classes({"pooled": np.eye(3)}, [("ant",), ("bee",), ("cow",)])
-    subject = make_gallery(
+    subject = make_trials(
         "nsd/x", list("uv"), list("12"), {"pooled": np.eye(2, 3)}, [("ant", "bee"), ("cow",)]
     )
     table = _categories(subject, classes, np.array([[0.0, 1, 0], [1, 0, 0]]))
     assert table.values_Q.tolist() == [1, 0]
     assert make_classes({"pooled": np.eye(2)}, [("ant",), ("ant",)]) is None
     assert make_classes({"pooled": np.eye(2)}, [(), ()]) is None
-    unknown = make_gallery("nsd/x", list("uv"), list("12"), {"pooled": np.eye(2, 3)}, [(), ()])
+    unknown = make_trials("nsd/x", list("uv"), list("12"), {"pooled": np.eye(2, 3)}, [(), ()])
     assert _categories(unknown, classes, np.eye(2, 3)) is None
 
 
 def test_shuffled_control_is_at_chance_for_a_perfect_decoder():
-    subject = gallery("nsd/subj01", num_images=23, repetitions=5)
+    subject = made_up_trials("nsd/subj01", num_images=23, repetitions=5)
     for table in made_up_tables(subject, "shuffled", 50.0):
         assert table.key.model == "shuffled"
         error = np.sqrt(1 / 23 / (115 * 10))
@@ -120,7 +120,7 @@ def test_shuffled_control_is_at_chance_for_a_perfect_decoder():
 
 def test_shuffled_control_sees_a_ranking_that_knows_the_image():
     """A control that cannot fail is none: the pool position leaks into every score."""
-    subject = gallery("nsd/subj01", num_images=5, repetitions=2)
+    subject = made_up_trials("nsd/subj01", num_images=5, repetitions=2)
 
     class Leaky:
         class_NC = None

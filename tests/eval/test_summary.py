@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from made_up import made_up_tables, made_up_trials
 
 from dist_decoder.eval.summary import Settings, summarise
-from made_up import gallery, made_up_tables
 
 SETTINGS = Settings(confidence=0.99, resamples=400, seed=0)
 FIELDS = {
@@ -26,12 +26,12 @@ FORWARD = {"metric": "brain_to_image_top1", "output": "pooled"}
 def summary():
     tables = []
     for subject, signal in (("subj01", 1.2), ("subj02", 0.6)):
-        person = gallery(f"nsd/{subject}", bayes=0.95)
+        person = made_up_trials(f"nsd/{subject}", bayes=0.95)
         tables += made_up_tables(person, "joint", signal)
         tables += made_up_tables(person, "single", signal - 0.1, seed=0)
         tables += made_up_tables(person, "ridge", 0.2, seed=4)
         tables += made_up_tables(person, "shuffled", signal, seed=4)
-    new = gallery("nsd/subj07", bayes=0.95, holdout=True)
+    new = made_up_trials("nsd/subj07", bayes=0.95, holdout=True)
     tables += made_up_tables(new, "adapted", 1.2)
     tables += made_up_tables(new, "adapted", 0.5, stage="start")
     tables += made_up_tables(new, "scratch", 0.3, seed=9)
@@ -117,14 +117,16 @@ def test_honest_results_raise_no_warning(summary):
 
 
 def test_score_above_bayes_is_suspected_leakage():
-    found = summarise(made_up_tables(gallery("nsd/subj01", bayes=0.3), "joint", 9.0), SETTINGS)
+    found = summarise(
+        made_up_tables(made_up_trials("nsd/subj01", bayes=0.3), "joint", 9.0), SETTINGS
+    )
     assert "suspected leakage: nsd subj01, joint pooled brain_to_image_top1" in found.warnings[0]
     row = _find(found.results, model="joint", subject="all", **FORWARD)
     assert row["above_bayes"]
 
 
 def test_control_off_chance_is_a_warning():
-    tables = made_up_tables(gallery("nsd/subj01"), "shuffled", 1.0)
+    tables = made_up_tables(made_up_trials("nsd/subj01"), "shuffled", 1.0)
     broken = tables[0]
     values = np.ones_like(broken.values_Q)
     found = summarise([type(broken)(**{**vars(broken), "values_Q": values})], SETTINGS)
@@ -132,12 +134,12 @@ def test_control_off_chance_is_a_warning():
 
 
 def test_order_of_tables_does_not_matter(summary):
-    tables = made_up_tables(gallery("nsd/subj01"), "joint", 0.5)
+    tables = made_up_tables(made_up_trials("nsd/subj01"), "joint", 0.5)
     assert summarise(tables, SETTINGS) == summarise(tables[::-1], SETTINGS)
 
 
 def test_seeds_stay_apart_and_are_paired_with_their_own():
-    person = gallery("nsd/subj01")
+    person = made_up_trials("nsd/subj01")
     tables = []
     for seed in (1, 2):
         tables += made_up_tables(person, "joint", 1.0, seed=seed)
