@@ -1,1 +1,1 @@
-"""Start ranks on one machine or on a cluster. This package never imports torch."""
+"""Start ranks: on this machine, and later on a cluster. Nothing here imports torch."""

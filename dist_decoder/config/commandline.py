@@ -20,7 +20,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -38,7 +40,9 @@ __all__ = [
     "EXIT_CHECK_FAILED",
     "EXIT_INTERRUPTED",
     "EXIT_WRONG_USE",
+    "FAILURE_FILE_VARIABLE",
     "Progress",
+    "VerbCommand",
     "add_verb",
     "explain_error",
     "make_app",
@@ -51,6 +55,9 @@ __all__ = [
 EXIT_CHECK_FAILED = 1
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
+
+FAILURE_FILE_VARIABLE = "DIST_DECODER_FAILURE_FILE"
+"""Environment variable by which a launcher learns which rank failed first."""
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 Verb = Callable[[Any], Any]
@@ -98,7 +105,7 @@ def add_verb(
         failed: result -> True if the exit code is 1 although the verb ran to its end.
     """
 
-    class Command(_VerbCommand):
+    class Command(VerbCommand):
         verb_schema = schema
 
     optional = "" if config_required else " Optional."
@@ -129,7 +136,7 @@ def add_verb(
     app.command(name, cls=Command, help=description)(verb)
 
 
-class _VerbCommand(TyperCommand):
+class VerbCommand(TyperCommand):
     """A verb whose help ends in the table of its configuration keys."""
 
     verb_schema: type[Section]
@@ -171,11 +178,15 @@ def run_verb(
         result = _resolve(function)(values)
         _print_result(result, json_output, render)
     except DistDecoderError as error:
+        _note_failure(error.exit_code)
         typer.echo(explain_error(error), err=True)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         typer.echo("interrupted; the same command goes on with the work", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from error
+    except Exception:
+        _note_failure(1)
+        raise
     if failed is not None and failed(result):
         raise typer.Exit(EXIT_CHECK_FAILED)
 
@@ -211,6 +222,14 @@ def to_jsonable(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return value
+
+
+def _note_failure(exit_code: int) -> None:
+    """Tell the launcher at once: shutting down takes a while, and peers may be gone before us."""
+    path = os.environ.get(FAILURE_FILE_VARIABLE)
+    if path:
+        note = {"time_ns": time.monotonic_ns(), "exit_code": exit_code}
+        Path(path).write_text(json.dumps(note))
 
 
 def _is_override(text: str | Path) -> bool:
