@@ -199,7 +199,7 @@ def _checked_betas(
             " (trials, voxels)"
         )
     missing_NV = np.isnan(betas_NV)
-    invalid_V: NDArray[np.bool_] = missing_NV.all(axis=0)
+    invalid_V = np.asarray(missing_NV.all(axis=0))
     for wrong_NV, what in (
         (missing_NV & ~invalid_V, "NaN"),
         (np.isinf(betas_NV), "infinite"),

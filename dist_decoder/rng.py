@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    # Commands on data draw numpy streams and must not wait for torch.
+    import torch
+    from torch import Tensor
 
 
 def key64(seed: int, purpose: str, *counters: int | str) -> int:
@@ -28,6 +32,8 @@ def torch_generator(
     seed: int, purpose: str, *counters: int | str, device: torch.device | str = "cpu"
 ) -> torch.Generator:
     """Return a torch generator for one stream on ``device``."""
+    import torch
+
     generator = torch.Generator(device=device)
     generator.manual_seed(key64(seed, purpose, *counters) >> 1)
     return generator
@@ -42,6 +48,8 @@ def sample_normal(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return (B, *shape) float32 standard normal draws, one stream per global batch position."""
+    import torch
+
     draws = [
         torch.randn(
             shape,
@@ -62,6 +70,8 @@ def sample_uniform(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return (B, *shape) float32 draws from [0, 1), one stream per global batch position."""
+    import torch
+
     draws = [
         torch.rand(
             shape,
