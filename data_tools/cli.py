@@ -41,7 +41,7 @@ add_verb(
     app,
     "split",
     DataConfig,
-    "data_tools.splits:make_split",
+    "data_tools.splits:split",
     "Divide images into train, validation and test over all datasets.",
 )
 add_verb(

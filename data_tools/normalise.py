@@ -1,0 +1,191 @@
+"""Per-voxel z-scores from training rows only, with a named fallback.
+
+The unit of a z-score is a session, a run, or the whole subject. Numbers are kept, so that new
+betas of the same subject can be put into the same units.
+
+Axes: N trials, V voxels of one subject, U units.
+
+Source: the released MindEye2 and NSD notebooks z-score each session over all of its trials.
+Differs: test rows never enter a mean or an SD; SD has one degree of freedom less than rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dist_decoder.config.data import ShardConfig
+from dist_decoder.errors import DataError
+
+_MIN_ROWS = 2
+"""Fewer training rows give no SD."""
+
+
+@dataclass(frozen=True)
+class VoxelStatistics:
+    """Means and SDs of one subject."""
+
+    normalise: str
+    """session, run, subject or none."""
+    units: tuple[str, ...]
+    """Names of the units in recording order, as ``unit_names`` gives them."""
+    mean_UV: NDArray[np.float32]
+    std_UV: NDArray[np.float32]
+    """NaN where a voxel has no value; units of ``fallback`` hold the subject's numbers."""
+    subject_mean_V: NDArray[np.float32]
+    subject_std_V: NDArray[np.float32]
+    fallback: tuple[str, ...] = ()
+    """Units without enough training rows."""
+    _rows: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_rows", {name: row for row, name in enumerate(self.units)})
+
+    def dead_UV(self) -> NDArray[np.bool_]:
+        """Return (U, V): voxels whose SD is 0 or that have no value; ``apply`` makes them 0."""
+        return ~(self.std_UV > 0)
+
+    def apply(self, betas_NV: NDArray[np.float32], trials: pd.DataFrame) -> NDArray[np.float32]:
+        """Return (N, V) float32 in units of the training SD; dead voxels are 0.
+
+        Args:
+            betas_NV: raw responses.
+            trials: their N rows of the trial table.
+
+        Raises:
+            DataError: shapes differ, or a row is of a unit that the statistics do not know.
+        """
+        if betas_NV.shape != (len(trials), self.subject_mean_V.size):
+            raise DataError(
+                f"betas have shape {betas_NV.shape}; {len(trials)} trials and"
+                f" {self.subject_mean_V.size} voxels are needed"
+            )
+        result = np.zeros(betas_NV.shape, dtype=np.float32)
+        names = unit_names(trials, self.normalise)
+        for name in dict.fromkeys(names.tolist()):
+            if name not in self._rows:
+                raise DataError(f"no statistics for {name!r}; known: {', '.join(self.units)}")
+            rows = names == name
+            unit = self._rows[name]
+            alive_V = self.std_UV[unit] > 0
+            part = betas_NV[np.ix_(rows, alive_V)]
+            z = (part - self.mean_UV[unit, alive_V]) / self.std_UV[unit, alive_V]
+            # A voxel that lives in other sessions may be invalid in one of a fallback.
+            result[np.ix_(rows, alive_V)] = np.nan_to_num(z, nan=0.0)
+        return result
+
+
+def unit_names(trials: pd.DataFrame, normalise: str) -> NDArray[np.str_]:
+    """Return the name of the normalisation unit of each row."""
+    session = trials["session"].astype(str).to_numpy(dtype=object)
+    if normalise == "session":
+        return np.asarray("session " + session, dtype=np.str_)
+    if normalise == "run":
+        run = trials["run"].astype(str).to_numpy(dtype=object)
+        return np.asarray("session " + session + " run " + run, dtype=np.str_)
+    return np.full(len(trials), "subject", dtype="<U7")
+
+
+def fit_statistics(
+    trials: pd.DataFrame,
+    betas: Mapping[int, NDArray[np.float32]],
+    train_mask: NDArray[np.bool_],
+    config: ShardConfig,
+    where: str = "subject",
+) -> VoxelStatistics:
+    """Return means and SDs of the training rows of one subject.
+
+    Args:
+        trials: N rows in recording order, columns ``session`` and ``run``.
+        betas: session -> its rows (n, V); each is asked for once.
+        train_mask: (N,) rows that may be used.
+        config: ``normalise`` and ``fallback``.
+        where: dataset/subject, for messages.
+
+    Raises:
+        DataError: no training rows; or a unit has none and ``fallback`` is ``refuse``.
+    """
+    names = unit_names(trials, config.normalise)
+    sessions = trials["session"].to_numpy()
+    total: _Moments | None = None
+    by_unit: dict[str, _Moments] = {}
+    for session in dict.fromkeys(sessions.tolist()):
+        in_session = sessions == session
+        values_NV = betas[session]
+        used = train_mask[in_session]
+        unit_of = names[in_session]
+        for name in dict.fromkeys(unit_of.tolist()):
+            moments = _Moments.of(values_NV[used & (unit_of == name)])
+            by_unit[name] = by_unit[name].merge(moments) if name in by_unit else moments
+            total = moments if total is None else total.merge(moments)
+    if config.normalise == "none":
+        size = 0 if total is None else total.mean_V.size
+        ones, zeros = np.ones(size, np.float32), np.zeros(size, np.float32)
+        return VoxelStatistics("none", ("subject",), zeros[None], ones[None], zeros, ones)
+    if total is None or total.rows < _MIN_ROWS:
+        raise DataError(
+            f"{where}: {0 if total is None else total.rows} training rows; mean and SD need"
+            f" {_MIN_ROWS}. Change the split, or set shard.normalise=none"
+        )
+    fallback = tuple(name for name, moments in by_unit.items() if moments.rows < _MIN_ROWS)
+    if fallback and config.fallback == "refuse":
+        raise DataError(
+            f"{where}: no training rows in {', '.join(fallback)}; set shard.fallback=subject, or"
+            " a wider shard.normalise"
+        )
+    chosen = [total if name in fallback else moments for name, moments in by_unit.items()]
+    return VoxelStatistics(
+        normalise=config.normalise,
+        units=tuple(by_unit),
+        mean_UV=np.stack([moments.mean_V for moments in chosen]).astype(np.float32),
+        std_UV=np.stack([moments.std_V() for moments in chosen]).astype(np.float32),
+        subject_mean_V=total.mean_V.astype(np.float32),
+        subject_std_V=total.std_V().astype(np.float32),
+        fallback=fallback,
+    )
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Running count, mean and sum of squared deviations per voxel; NaN voxels count no rows."""
+
+    rows: int
+    count_V: NDArray[np.float64]
+    mean_V: NDArray[np.float64]
+    squares_V: NDArray[np.float64]
+
+    @staticmethod
+    def of(values_NV: NDArray[np.float32]) -> _Moments:
+        values = values_NV.astype(np.float64)
+        valid_NV = ~np.isnan(values)
+        count_V = valid_NV.sum(axis=0).astype(np.float64)
+        safe_V = np.maximum(count_V, 1)
+        mean_V = np.where(valid_NV, values, 0).sum(axis=0) / safe_V
+        squares_V = np.where(valid_NV, (values - mean_V) ** 2, 0).sum(axis=0)
+        return _Moments(len(values), count_V, np.where(count_V > 0, mean_V, np.nan), squares_V)
+
+    def merge(self, other: _Moments) -> _Moments:
+        """Source: Chan, Golub, LeVeque 1979, pairwise update of the variance."""
+        count_V = self.count_V + other.count_V
+        safe_V = np.maximum(count_V, 1)
+        mine, theirs = np.nan_to_num(self.mean_V), np.nan_to_num(other.mean_V)
+        delta_V = theirs - mine
+        mean_V = (self.count_V * mine + other.count_V * theirs) / safe_V
+        cross_V = delta_V**2 * self.count_V * other.count_V / safe_V
+        return _Moments(
+            self.rows + other.rows,
+            count_V,
+            np.where(count_V > 0, mean_V, np.nan),
+            self.squares_V + other.squares_V + cross_V,
+        )
+
+    def std_V(self) -> NDArray[np.float64]:
+        return np.where(
+            self.count_V >= _MIN_ROWS,
+            np.sqrt(self.squares_V / np.maximum(self.count_V - 1, 1)),
+            np.nan,
+        )
