@@ -222,7 +222,7 @@ def test_a_wrong_or_damaged_checkpoint_is_refused(tiny: str, tmp_path: Path) -> 
 
 
 def test_unknown_names_are_refused_with_the_nearest(tiny: str) -> None:
-    with pytest.raises(ConfigError, match="did you mean .*ViT-B-32"):
+    with pytest.raises(ConfigError, match=r"did you mean .*ViT-B-32"):
         open_encoder(tiny_config("ViT-B-31"))
     with pytest.raises(ConfigError, match=r"neither a tag.*laion2b_s39b_b160k"):
         open_encoder(EncoderConfig(model="ViT-bigG-14", pretrained="nonsense"))

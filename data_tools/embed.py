@@ -1,0 +1,136 @@
+"""``data-tools embed``: the frozen encoder over every image of the store, once per image_uid.
+
+Axes: B images of a batch, M images of a unit, E pooled width, T tokens, D token width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.embedding_store import EmbeddingWriter, Source, embeddings_path
+from data_tools.store import Store
+from dist_decoder.config.data import DataConfig
+from dist_decoder.config.progress import Progress, progress
+from dist_decoder.encoders import Encoder, ImageEncoder, LabelEncoder, open_encoder
+from dist_decoder.errors import DataError
+from dist_decoder.storage import exclusive
+
+
+def embed(config: DataConfig) -> dict[str, object]:
+    """Embed all images of the configured datasets (of the whole store when none is listed).
+
+    An image that several datasets share is embedded once. Images that are embedded already are
+    left alone. A call that was interrupted goes on after the last unit that it finished, and the
+    files are the same as without the interruption.
+
+    Returns:
+        Encoder id, widths, number of images, and how many of them this call embedded.
+
+    Raises:
+        DataError: a dataset without images under an image encoder, a stimulus without category
+            under label embeddings, or a value that is not finite.
+        ConfigError: the encoder does not exist.
+    """
+    store = Store(config.store)
+    datasets = store.require([dataset.dataset for dataset in config.datasets])
+    encoder = open_encoder(config.embed)
+    sources = _sources(store, datasets, encoder)
+    with exclusive(embeddings_path(store.path, encoder.id), "embed"):
+        writer = EmbeddingWriter(store.path, encoder, sources)
+        start = writer.done
+        if not writer.complete:
+            writer.begin()
+            with progress(f"embed {encoder.id}", len(writer.sources) - start) as counter:
+                while unit := writer.next_unit():
+                    writer.write_unit(*_encode(store, encoder, unit, config, counter))
+            writer.finish()
+    return {
+        "encoder": encoder.id,
+        "pooled_dim": encoder.pooled_dim,
+        "token_shape": encoder.token_shape,
+        "images": len(writer.sources),
+        "embedded_now": len(writer.sources) - start,
+        "path": str(writer.path),
+    }
+
+
+def _sources(store: Store, datasets: Sequence[str], encoder: Encoder) -> list[Source]:
+    if encoder.reads == "images":
+        for dataset in datasets:
+            if not store.facts(dataset)["has_images"] and store.stimuli(dataset):
+                first = store.stimuli(dataset)[0]
+                raise DataError(
+                    f"{dataset}: stimulus {first.stimulus_id!r} has no image, and the encoder "
+                    f"{encoder.id} needs one; embed its labels instead: embed.kind=labels"
+                )
+        places = store.image_sources(datasets)
+        return [Source(uid, *place) for uid, place in places.items()]
+    found: dict[str, Source] = {}
+    for dataset in datasets:
+        for stimulus in store.stimuli(dataset):
+            if not stimulus.categories:
+                raise DataError(
+                    f"{dataset}: stimulus {stimulus.stimulus_id!r} has no category, which "
+                    "embed.kind=labels needs; add it to the trial table or use an image encoder"
+                )
+            uid = stimulus.image_uid
+            found.setdefault(uid, Source(uid, dataset, stimulus.stimulus_id))
+    return list(found.values())
+
+
+def _encode(
+    store: Store, encoder: Encoder, unit: Sequence[Source], config: DataConfig, counter: Progress
+) -> tuple[NDArray[np.float32], NDArray[np.float16] | None]:
+    """Return (pooled_ME, tokens_MTD) of one unit, batch by batch."""
+    pooled_ME = np.empty((len(unit), encoder.pooled_dim), dtype=np.float32)
+    shape = encoder.token_shape
+    tokens_MTD = None if shape is None else np.empty((len(unit), *shape), dtype=np.float16)
+    for rows in _batches(len(unit), config.embed.batch_size):
+        batch = unit[rows]
+        if encoder.reads == "images":
+            pooled_BE, tokens_BTD = _encode_pictures(store, encoder, batch)
+            if tokens_MTD is not None and tokens_BTD is not None:
+                # Out of float16's range becomes infinity, which the writer refuses by name.
+                with np.errstate(over="ignore"):
+                    tokens_MTD[rows] = tokens_BTD
+        else:
+            pooled_BE = _encode_labels(store, encoder, batch)
+        pooled_ME[rows] = pooled_BE
+        counter.advance(len(batch))
+    return pooled_ME, tokens_MTD
+
+
+def _encode_pictures(
+    store: Store, encoder: ImageEncoder, batch: Sequence[Source]
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    pictures = [store.image(source.dataset, source.stimulus_id) for source in batch]
+    try:
+        return encoder.encode_images(pictures)
+    except DataError as error:
+        first, last = batch[0], batch[-1]
+        error.add_note(
+            f"in the batch from {first.dataset}/{first.stimulus_id} to "
+            f"{last.dataset}/{last.stimulus_id}"
+        )
+        raise
+
+
+def _encode_labels(
+    store: Store, encoder: LabelEncoder, batch: Sequence[Source]
+) -> NDArray[np.float32]:
+    categories = {
+        (dataset, stimulus.stimulus_id): stimulus.categories
+        for dataset in {source.dataset for source in batch}
+        for stimulus in store.stimuli(dataset)
+    }
+    return encoder.encode_labels(
+        [categories[source.dataset, source.stimulus_id] for source in batch]
+    )
+
+
+def _batches(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
