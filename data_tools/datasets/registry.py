@@ -5,6 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from data_tools.datasets.bold5000 import BOLD5000Reader
+from data_tools.datasets.custom import CustomReader
+from data_tools.datasets.god import GODReader
+from data_tools.datasets.miyawaki2008 import Miyawaki2008Reader
 from data_tools.datasets.nsd import NSDReader
 from data_tools.datasets.protocol import Dataset
 from dist_decoder.config.data import DatasetConfig
@@ -12,6 +16,10 @@ from dist_decoder.errors import ConfigError
 
 READERS: dict[str, Callable[[DatasetConfig], Dataset]] = {
     "nsd": NSDReader,
+    "bold5000": BOLD5000Reader,
+    "god": GODReader,
+    "miyawaki2008": Miyawaki2008Reader,
+    "custom": CustomReader,
 }
 
 
