@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 
 from data_tools.fabricate.world import SubjectModel
 
 Array = NDArray[np.float64]
+
+_TRIALS_AT_ONCE = 16
+_TINY = np.finfo(np.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -73,20 +75,49 @@ def bayes_scores(
     return BayesScores(_score(forward), _score(backward), num_images)
 
 
+def bayes_r2(
+    subject: SubjectModel, z_Md: Array, generator: np.random.Generator, draws: int = 192
+) -> Score:
+    """Return R^2 of the posterior mean of z given one trial, over one trial of each image.
+
+    The noisy latents n = z + tau xi have prior N(0, (1 + tau^2) I), which f keeps: u given a trial
+    is Gaussian with precision J0 + I / (1 + tau^2), and E[z | n] = n / (1 + tau^2).
+    """
+    world = subject.world
+    information_dd = subject.information_dd()
+    total = 1 + world.config.tau**2
+    posterior_dd = np.linalg.inv(information_dd + np.eye(len(information_dd)) / total)
+    score_Md = subject.respond(z_Md, generator) @ (
+        subject.weights_Vd / subject.sigma_V[:, None] ** 2
+    )
+    root_dd = np.linalg.cholesky(posterior_dd)
+    noise_KMd = generator.standard_normal((draws, *z_Md.shape)) @ root_dd.T
+    estimate_Md = world.unwarp(score_Md @ posterior_dd + noise_KMd).mean(axis=0) / total
+    explained_M = 1 - ((z_Md - estimate_Md) ** 2).sum(axis=1) / (z_Md**2).sum(axis=1)
+    return Score(float(explained_M.mean()), float(explained_M.std() / np.sqrt(len(explained_M))))
+
+
 def _log_likelihood(z_KMd: Array, gallery_Md: Array, tau2: float) -> Array:
-    """Return (M trials, M candidates) log mean over draws of N(z; gallery, tau^2 I), up to const."""
-    draws = len(z_KMd)
-    out = np.empty((z_KMd.shape[1], len(gallery_Md)))
-    square_M = (gallery_Md**2).sum(axis=1)
-    for start in range(0, len(out), 64):
-        z = z_KMd[:, start : start + 64].astype(np.float32)
-        cross = z.reshape(-1, z.shape[-1]) @ gallery_Md.T.astype(np.float32)
-        own = (z**2).sum(axis=-1)[..., None]
-        exponent = -(own + square_M.astype(np.float32) - 2 * cross.reshape(*z.shape[:2], -1))
-        out[start : start + 64] = logsumexp(exponent / np.float32(2 * tau2), axis=0)
+    """Return (M trials, M candidates) log mean over draws of N(z; gallery, tau^2 I), up to const.
+
+    -|z - g|^2 / 2 comes out of one product of matrices with two extra columns. It is never
+    positive, so nothing overflows, and a draw that underflows is too far away to count.
+    """
+    draws, num_trials, _ = z_KMd.shape
+    half_KM1 = -(z_KMd**2).sum(axis=-1, keepdims=True) / 2
+    half_M1 = -(gallery_Md**2).sum(axis=-1, keepdims=True) / 2
+    left = np.concatenate([z_KMd, np.ones_like(half_KM1), half_KM1], axis=-1) / tau2
+    right = np.concatenate([gallery_Md, half_M1, np.ones_like(half_M1)], axis=-1)
+    left, right = left.astype(np.float32), right.astype(np.float32)
+    out = np.empty((num_trials, len(gallery_Md)))
+    for start in range(0, num_trials, _TRIALS_AT_ONCE):
+        part = left[:, start : start + _TRIALS_AT_ONCE]
+        exponent = part.reshape(-1, part.shape[-1]) @ right.T
+        np.exp(exponent, out=exponent)
+        total = exponent.reshape(draws, -1, len(gallery_Md)).sum(axis=0)
+        out[start : start + _TRIALS_AT_ONCE] = np.log(np.maximum(total, _TINY))
     return out - np.log(draws)
 
 
 def _score(hits_RM: Array) -> Score:
-    per_image = hits_RM.mean(axis=0)
-    return Score(float(per_image.mean()), float(hits_RM.std() / np.sqrt(hits_RM.size)))
+    return Score(float(hits_RM.mean()), float(hits_RM.std() / np.sqrt(hits_RM.size)))

@@ -27,6 +27,8 @@ class FabricatedNSD(Section):
     """Range of the number of nsdgeneral voxels of a subject."""
     image_px: PositiveInt = 64
     """Side of the pictures in nsd_stimuli.hdf5; 425 in the real data."""
+    hdf5_sessions: int = 1
+    """First sessions of the first subject that are written as .hdf5 too."""
 
 
 class FabricatedBOLD5000(Section):
@@ -34,20 +36,26 @@ class FabricatedBOLD5000(Section):
 
     subjects: tuple[int, ...] = (1, 2, 3, 4)
     sessions: PositiveInt = 4
-    num_voxels: tuple[int, int] = (220, 280)
+    num_voxels: tuple[int, int] = (180, 230)
     shared_with_nsd: int = 280
     """NSD test images that are also BOLD5000 training stimuli (all 1,000 in the real data)."""
+    image_px: PositiveInt = 64
+    """Side of the presented pictures; 375 in the real data."""
 
 
 class FabricatedGOD(Section):
     """Size of the fabricated GOD tree."""
 
     subjects: tuple[int, ...] = (1, 2, 3)
-    num_voxels: tuple[int, int] = (270, 330)
+    num_voxels: tuple[int, int] = (150, 190)
     training_categories: PositiveInt = 150
     images_per_category: PositiveInt = 8
     test_categories: PositiveInt = 50
     test_repetitions: PositiveInt = 35
+    image_px: PositiveInt = 64
+    """Side of the pictures; 500 in the real data."""
+    h5_subjects: int = 1
+    """First subjects that are written in the .h5 layout of bdpy too."""
 
 
 class FabricateConfig(Section):
