@@ -16,6 +16,12 @@ def _describe_ingest(result: Any) -> str:
     return describe_ingest(result)
 
 
+def _describe_check(result: Any) -> str:
+    from data_tools.check import describe_check
+
+    return describe_check(result)
+
+
 def _check_failed(result: Any) -> bool:
     from data_tools.check import check_failed
 
@@ -71,6 +77,7 @@ add_verb(
     DataConfig,
     "data_tools.check:check",
     "Recompute what datasets declare, and the checksums of store and shards.",
+    render=_describe_check,
     failed=_check_failed,
 )
 add_verb(

@@ -6,13 +6,15 @@ Source: Horikawa and Kamitani 2017 (doi:10.1038/ncomms15037) and the published f
     Subject1.mat ... Subject5.mat, or Subject1.h5 ...     (format: ``bdata.py``)
     images/{training,test}/<synset>/<synset>_<number>.JPEG
 
-Columns are selected by metadata key, since the voxel block starts elsewhere in .mat and .h5. The
-label (``Label`` in .mat, ``stimulus_id`` in .h5) is a float64, synset + image number / 10**6;
-``image_index`` and ``category_index`` are never read, because they were wrong before version 5
-of the files. The data have runs and no sessions; here session 1 holds the training rows, session
-2 the perception test and session 3 the imagery, each with runs counted from 1, so that a session
-is what one normalisation covers. One-back trials are not in the published files. Imagery rows
-are labelled with the test image of the imagined category (some releases give the bare synset).
+Subjects are named ``sub-01`` ... as in the BIDS release of the same data. Columns are selected by
+metadata key, since the voxel block starts elsewhere in .mat and .h5. The label (``Label`` in .mat,
+``stimulus_id`` in .h5) is a float64, synset + image number / 10**6; ``image_index`` and
+``category_index`` are never read, because they were wrong before version 5 of the files.
+
+The data have runs and no sessions; here session 1 holds the training rows, session 2 the
+perception test and session 3 the imagery, each with runs counted from 1, so that a session is
+what one normalisation covers. One-back trials are not in the published files. Imagery rows are
+labelled with the test image of the imagined category (some releases give the bare synset).
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ SESSION_SPLITS = {1: "train", 2: "test", 3: "imagery"}
 """Session here = ``DataType`` in the files."""
 LABEL_KEYS = ("stimulus_id", "Label")
 _COORDINATES = ("voxel_x", "voxel_y", "voxel_z")
-_SUBJECT = re.compile(r"Subject\d+$")
+_SUBJECT = re.compile(r"Subject(\d+)$")
 
 
 class GODOptions(Section):
@@ -72,7 +74,7 @@ class GODReader:
         limit = min(3, self.config.max_sessions or 3)
         default_roi = self.config.roi in (None, "VC")
         subjects = {
-            f"Subject{number}": SubjectFacts(
+            f"sub-{number:02d}": SubjectFacts(
                 sessions=limit,
                 trials=(1200, 2950, 3450)[limit - 1],
                 images=(1200, 1250, 1250)[limit - 1],
@@ -98,10 +100,8 @@ class GODReader:
     def subjects(self) -> tuple[str, ...]:
         require_folder(self.config.path, f"correct the path of dataset {self.name!r}")
         stems = {path.stem for path in self.config.path.iterdir() if path.suffix in self._suffixes}
-        present = sorted(
-            (stem for stem in stems if _SUBJECT.match(stem)),
-            key=lambda stem: int(stem.removeprefix("Subject")),
-        )
+        numbers = (int(match.group(1)) for stem in stems if (match := _SUBJECT.match(stem)))
+        present = [f"sub-{number:02d}" for number in sorted(numbers)]
         return chosen_subjects(self.config, present)
 
     def trials(self, subject: str) -> pd.DataFrame:
@@ -172,7 +172,8 @@ class GODReader:
         data = self._data(subject)
         labels = data.column(self._label_key(data)).astype(np.float64)
         again = np.array([encode_label(text) for text in map(decode_label, labels)])
-        exact = bool((again == labels).all())
+        # Adding the fraction to the synset rounds once more than reading the decimal text.
+        exact = bool((np.abs(again - labels) < 1e-8).all())
         table = self.trials(subject)
         missing = [
             name
@@ -200,7 +201,8 @@ class GODReader:
         return {}
 
     def _path(self, subject: str) -> Path:
-        paths = [self.config.path / f"{subject}{suffix}" for suffix in self._suffixes]
+        stem = f"Subject{int(subject.removeprefix('sub-'))}"
+        paths = [self.config.path / f"{stem}{suffix}" for suffix in self._suffixes]
         return next((path for path in paths if path.is_file()), paths[0])
 
     def _data(self, subject: str) -> BData:

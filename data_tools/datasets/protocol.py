@@ -36,7 +36,7 @@ class Facts:
 
     dataset: str
     subjects: Mapping[str, SubjectFacts]
-    """By subject name (``subj01``, ``CSI1``, ``Subject1``), of the published dataset."""
+    """By subject name (``subj01``, ``CSI1``, ``sub-01``), of the published dataset."""
     unit: str
     """Unit of the betas: ``percent signal change``, ``z`` or ``arbitrary``."""
     licence: str

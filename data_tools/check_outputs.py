@@ -1,0 +1,52 @@
+"""Checks of what ``data-tools`` wrote itself: the split of a store, the checksums of shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from data_tools.check_report import CheckRow
+from data_tools.splits import SPLIT_NAME, read_split, verify_split
+from data_tools.store import Store
+from dist_decoder.config.data import DataConfig
+from dist_decoder.errors import DistDecoderError
+from dist_decoder.formats import MANIFEST_NAME
+from dist_decoder.manifest import read_index, read_manifest
+from dist_decoder.storage import open_location, sha256_bytes
+
+
+def check_outputs(config: DataConfig) -> list[CheckRow]:
+    """Return rows on the split and the shards of a configuration, as far as they exist."""
+    rows = []
+    if (config.store / SPLIT_NAME).is_file():
+        rows.append(_split(config))
+    if (config.shards / MANIFEST_NAME).is_file():
+        try:
+            rows += list(_shards(config))
+        except DistDecoderError as error:
+            rows.append(CheckRow("shards", "", "manifest", "differs", str(error)))
+    return rows
+
+
+def _split(config: DataConfig) -> CheckRow:
+    try:
+        store = Store(config.store)
+        made = read_split(store)
+        verify_split(store, made)
+    except DistDecoderError as error:
+        return CheckRow("store", "", "split", "differs", str(error))
+    return CheckRow("store", "", "split", "ok", f"policy {made.policy}, no image in two splits")
+
+
+def _shards(config: DataConfig) -> Iterator[CheckRow]:
+    storage = open_location(config.shards)
+    manifest = read_manifest(storage)
+    for source in manifest.sources:
+        problem = ""
+        for shard in source.shards:
+            read_index(storage, shard)
+            if sha256_bytes(storage.read(shard.name)) != shard.sha256:
+                problem = f"{shard.name} is not the file that the manifest describes; shard again"
+                break
+        place = f"{source.dataset} {source.split} {source.kind}"
+        detail = problem or f"{len(source.shards)} tars"
+        yield CheckRow("shards", place, "sha256", "differs" if problem else "ok", detail)
