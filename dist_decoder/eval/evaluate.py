@@ -33,7 +33,7 @@ from dist_decoder.eval.retrieval import (
     shuffled_brains,
 )
 
-SHUFFLES = 10
+SHUFFLES = 20
 """Permutations that the shuffled control averages."""
 
 
@@ -216,7 +216,9 @@ def shuffled_tables(
     """
     sums: dict[str, NDArray[np.float64]] = {}
     for draw in range(shuffles):
-        shuffled_N = shuffled_brains(trials.own_N, trials.repetition_N, seed, draw)
+        shuffled_N = shuffled_brains(
+            trials.own_N, trials.repetition_N, seed, trials.name, draw
+        )
         for metric, values_N in _retrieval_values(trials, scores, shuffled_N).items():
             # A trial of the table stays with its own image: the values are those of the image
             # that it was given, hence the change back to the order of images.

@@ -81,24 +81,22 @@ def image_to_brain_hits(
     """
     _check(scores_NM, own_N)
     num_images = scores_NM.shape[1]
-    trials_of_M = [np.flatnonzero(own_N == image) for image in range(num_images)]
+    counts_M = np.bincount(own_N, minlength=num_images)
+    if (counts_M == 0).any():
+        image = int(np.argmin(counts_M))
+        raise DataError(f"image {image} of the pool has no trial; drop it from the pool")
+    order_N = np.lexsort((repetition_N, own_N))  # by image, then by repetition
+    if (np.diff(own_N[order_N] * (repetition_N.max() + 1) + repetition_N[order_N]) == 0).any():
+        raise DataError("an image has two trials with the same repetition number")
+    first_M = np.cumsum(counts_M) - counts_M
     hits_N = np.zeros(len(own_N), dtype=bool)
-    by_rank: list[NDArray[np.int64]] = []
-    for image, trials in enumerate(trials_of_M):
-        if len(trials) == 0:
-            raise DataError(f"image {image} of the pool has no trial; drop it from the pool")
-        ranked = trials[np.argsort(repetition_N[trials], kind="stable")]
-        if len(np.unique(repetition_N[ranked])) != len(ranked):
-            raise DataError(f"image {image} has two trials with the same repetition number")
-        by_rank.append(ranked)
-    for rank in range(max(len(trials) for trials in by_rank)):
-        candidates_M = np.array([trials[rank % len(trials)] for trials in by_rank])
+    for rank in range(counts_M.max()):
+        candidates_M = order_N[first_M + rank % counts_M]
         scores_MM = scores_NM[candidates_M]  # brain of image j, target i
-        own_M = np.diagonal(scores_MM)
-        rivals_MM = scores_MM.copy()
-        np.fill_diagonal(rivals_MM, -np.inf)
-        wins_M = own_M > rivals_MM.max(axis=0, initial=-np.inf)
-        counted_M = np.array([rank < len(trials) for trials in by_rank])
+        own_M = np.diagonal(scores_MM).copy()
+        np.fill_diagonal(scores_MM, -np.inf)
+        wins_M = own_M > scores_MM.max(axis=0, initial=-np.inf)
+        counted_M = rank < counts_M
         hits_N[candidates_M[counted_M]] = wins_M[counted_M]
     return hits_N
 
@@ -114,9 +112,20 @@ def repetitions_in_order(own_N: NDArray[np.integer]) -> NDArray[np.int64]:
 
 
 def shuffled_brains(
-    own_N: NDArray[np.integer], repetition_N: NDArray[np.integer], seed: int, draw: int
+    own_N: NDArray[np.integer],
+    repetition_N: NDArray[np.integer],
+    seed: int,
+    name: str,
+    draw: int,
 ) -> NDArray[np.int64]:
     """Return (N,) images as if the brains had been given to images at random.
+
+    Args:
+        own_N, repetition_N: as everywhere in this module.
+        seed: of the permutations.
+        name: of the subject. Subjects need permutations of their own: with common ones the
+            number of fixed points, and so the error of the control, would not average out.
+        draw: which permutation.
 
     The trials of each repetition are permuted among their images, every repetition by its own
     permutation, so that every image keeps its trials per repetition. An image may keep its own
@@ -125,7 +134,7 @@ def shuffled_brains(
     shuffled = own_N.astype(np.int64).copy()
     for repetition in np.unique(repetition_N):
         rows = np.flatnonzero(repetition_N == repetition)
-        generator = numpy_generator(seed, "shuffled brains", draw, int(repetition))
+        generator = numpy_generator(seed, "shuffled brains", name, draw, int(repetition))
         shuffled[rows] = own_N[rows][generator.permutation(len(rows))]
     return shuffled
 

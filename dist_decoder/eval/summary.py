@@ -248,9 +248,10 @@ def _difference_row(
 
 def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
     found = []
-    for row in results:
+    for row in sorted(results, key=lambda row: row["subject"] != ALL):
         where = "{dataset} {subject}, {model} {output} {metric}".format(**row)
-        if row.get("above_bayes"):
+        leaks = bool(row.get("above_bayes"))
+        if leaks and not _is_told(row, results):
             found.append(
                 f"suspected leakage: {where} = {row['value']:.3f} lies above the optimum "
                 f"{row['bayes']:.3f} that no decoder can exceed; compare the split of training "
@@ -264,3 +265,14 @@ def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
                 f"({row['chance']:.4f})"
             )
     return found
+
+
+def _is_told(row: dict[str, Any], results: Sequence[dict[str, Any]]) -> bool:
+    """Whether the warning about all subjects already covers this one."""
+    same = ("dataset", "model", "output", "metric", "seed")
+    return row["subject"] != ALL and any(
+        other["subject"] == ALL
+        and other.get("above_bayes")
+        and all(other[name] == row[name] for name in same)
+        for other in results
+    )

@@ -117,7 +117,7 @@ def test_shuffled_brains_bring_a_perfect_decoder_to_chance():
     scores_NM = np.eye(num_images)[own_N]
     forward, backward = [], []
     for draw in range(300):
-        shuffled_N = shuffled_brains(own_N, repetition_N, 0, draw)
+        shuffled_N = shuffled_brains(own_N, repetition_N, 0, "nsd/subj01", draw)
         for repetition in range(repetitions):
             images = shuffled_N[repetition_N == repetition]
             assert sorted(images) == list(range(num_images))
@@ -125,6 +125,13 @@ def test_shuffled_brains_bring_a_perfect_decoder_to_chance():
         backward.append(image_to_brain_hits(scores_NM, shuffled_N, repetition_N).mean())
     assert np.mean(forward) == pytest.approx(1 / 13, abs=0.01)
     assert np.mean(backward) == pytest.approx(1 / 13, abs=0.01)
+
+
+def test_subjects_are_shuffled_apart():
+    own_N, first_N = np.arange(29), np.zeros(29, int)
+    one, other = (shuffled_brains(own_N, first_N, 0, name, 0) for name in ("a/x", "a/y"))
+    assert (one != other).any()
+    assert (one == shuffled_brains(own_N, first_N, 0, "a/x", 0)).all()
 
 
 def test_top_images_are_best_first():

@@ -120,7 +120,9 @@ def test_score_above_bayes_is_suspected_leakage():
     found = summarise(
         made_up_tables(made_up_trials("nsd/subj01", bayes=0.3), "joint", 9.0), SETTINGS
     )
-    assert "suspected leakage: nsd subj01, joint pooled brain_to_image_top1" in found.warnings[0]
+    # One sentence for both outputs each, not another one for every subject.
+    assert len(found.warnings) == 2
+    assert "suspected leakage: nsd all, joint pooled brain_to_image_top1" in found.warnings[0]
     row = _find(found.results, model="joint", subject="all", **FORWARD)
     assert row["above_bayes"]
 
