@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dist_decoder.config.data import EncoderConfig
 from dist_decoder.errors import DataError
+from dist_decoder.rng import numpy_generator
 
 
 class LabelsEncoder:
@@ -47,8 +48,5 @@ class LabelsEncoder:
         return np.stack(rows).astype(np.float32)
 
     def _vector(self, name: str) -> NDArray[np.float64]:
-        # Imported here: dist_decoder.rng imports torch.
-        from dist_decoder.rng import numpy_generator
-
         vector = numpy_generator(0, "label", name).standard_normal(self._width)
         return vector / np.linalg.norm(vector)
