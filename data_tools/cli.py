@@ -32,7 +32,7 @@ add_verb(
     app,
     "fabricate",
     DataConfig,
-    "data_tools.fabricate.tree:fabricate",
+    "data_tools.fabricate.run:fabricate",
     "Write miniature datasets in the official layouts, with known truth.",
 )
 add_verb(

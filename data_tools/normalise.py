@@ -184,8 +184,7 @@ class _Moments:
         )
 
     def std_V(self) -> NDArray[np.float64]:
-        return np.where(
-            self.count_V >= _MIN_ROWS,
-            np.sqrt(self.squares_V / np.maximum(self.count_V - 1, 1)),
-            np.nan,
-        )
+        std_V = np.sqrt(self.squares_V / np.maximum(self.count_V - 1, 1))
+        # The mean of equal numbers is rounded: a constant voxel would get a tiny SD, not 0.
+        std_V[std_V <= 1e-6 * np.abs(np.nan_to_num(self.mean_V))] = 0
+        return np.where(self.count_V >= _MIN_ROWS, std_V, np.nan)

@@ -31,6 +31,7 @@ from data_tools.zarr_arrays import (
     write_array,
     write_group,
 )
+from dist_decoder.config.base import fingerprint
 from dist_decoder.errors import DataError, FormatError
 from dist_decoder.storage import atomic_folder, atomic_write_json, sha256_bytes
 
@@ -203,6 +204,19 @@ class Store:
                 " folder and run `data-tools ingest` again"
             )
         return picture
+
+    def content(self, dataset: str, subject: str) -> str:
+        """Return 16 hex digits that identify trials and betas by the checksums of their arrays.
+
+        Raises:
+            FormatError: a session that the trial table names is missing.
+        """
+        parts = [self.subject_path(dataset, subject) / "trials"]
+        parts += [
+            self.betas_path(dataset, subject, session)
+            for session in self.sessions(dataset, subject)
+        ]
+        return fingerprint([open_array(path)[1].get("sha256") for path in parts])
 
     def embeddings(self, encoder_id: str) -> EmbeddingStore:
         """Return the embeddings of one frozen encoder.

@@ -38,7 +38,14 @@ from dist_decoder.rng import numpy_generator
 from dist_decoder.stats.ridge import RidgeFit, fit_ridge_cv, held_out_residuals
 from dist_decoder.storage import exclusive, sha256_bytes
 
-__all__ = ["Synthetic", "augmentation_images", "draw_noise", "read_synthetic", "synthesise"]
+__all__ = [
+    "Synthetic",
+    "augmentation_images",
+    "draw_noise",
+    "is_current",
+    "read_synthetic",
+    "synthesise",
+]
 
 
 def synthesise(config: DataConfig) -> dict[str, object]:
@@ -112,6 +119,24 @@ def augmentation_images(
     seen = set(store.trials(dataset, subject)["image_uid"])
     unseen = [ranked[index] for index in order if ranked[index] not in seen]
     return unseen[: config.synthesise.images_per_subject]
+
+
+def is_current(
+    store: Store,
+    split: Split,
+    embeddings: EmbeddingStore,
+    place: tuple[str, str],
+    config: DataConfig,
+) -> bool:
+    """Return whether the synthetic rows of (dataset, subject) were made from today's inputs.
+
+    Rows of an encoding model that was fitted under another split may have seen test rows.
+    """
+    header = read_header(store.path, *place)
+    uids = augmentation_images(store, split, *place, config)
+    return header is not None and header["inputs"] == _inputs(
+        store, split, embeddings, place, uids, config
+    )
 
 
 def _forbidden(store: Store, split: Split) -> set[str]:

@@ -57,7 +57,7 @@ def write_manifest(storage: Storage, manifest: Manifest) -> None:
     Raises:
         StorageError: the location is full or not writable.
     """
-    storage.write(MANIFEST_NAME, document_bytes(manifest))
+    storage.write(MANIFEST_NAME, document_bytes(manifest, indent=1))
 
 
 def manifest_fingerprint(manifest: Manifest) -> str:
@@ -65,9 +65,9 @@ def manifest_fingerprint(manifest: Manifest) -> str:
     return fingerprint(manifest)
 
 
-def document_bytes(document: Section) -> bytes:
+def document_bytes(document: Section, indent: int | None = None) -> bytes:
     """Return a manifest, index or sample description as JSON bytes; equal values, equal bytes."""
-    return json_bytes(document.model_dump(mode="json"))
+    return json_bytes(document.model_dump(mode="json"), indent)
 
 
 def read_index(storage: Storage, shard: ShardEntry | str) -> ShardIndex:
@@ -141,7 +141,7 @@ def decode_npy(data: bytes, where: str) -> NDArray[Any]:
 def encode_npy(array: NDArray[Any]) -> bytes:
     """Return an array as the bytes of a ``.npy`` file."""
     buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    np.save(buffer, np.asarray(array, order="C"), allow_pickle=False)
     return buffer.getvalue()
 
 

@@ -345,9 +345,10 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
     atomic_write_bytes(path, json_bytes(value))
 
 
-def json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any, indent: int | None = 1) -> bytes:
     """Return JSON with sorted keys and a final newline; NaN is refused."""
-    text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False)
+    separators = None if indent else (",", ":")
+    text = json.dumps(value, sort_keys=True, indent=indent, separators=separators, allow_nan=False)
     return (text + "\n").encode()
 
 

@@ -1,0 +1,335 @@
+"""Store -> WebDataset tars, index, target statistics and manifest.
+
+Every input has a place in the recipe. Tars of an interrupted call with the same recipe are kept
+if their sha256 is right, so that a second call goes on and the bytes are the same.
+
+Axes: R rows of one image and subject, V voxels of one subject.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.embedding_store import EmbeddingStore
+from data_tools.shard_sources import Source, measured_sources, source_samples, synthetic_sources
+from data_tools.splits import Split, count_images, read_split, verify_split
+from data_tools.store import Store
+from data_tools.subject_rows import SubjectRows, read_subject
+from data_tools.synthesise import is_current
+from data_tools.synthetic_store import read_header
+from data_tools.tar_shard import write_shard
+from data_tools.target_statistics import target_statistics
+from dist_decoder import __version__
+from dist_decoder.config.base import fingerprint
+from dist_decoder.config.data import DataConfig
+from dist_decoder.config.progress import Progress, progress
+from dist_decoder.encoders import open_encoder
+from dist_decoder.errors import DataError
+from dist_decoder.formats import (
+    MANIFEST_NAME,
+    TARGETS_NAME,
+    EncoderEntry,
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    SplitEntry,
+    SubjectEntry,
+)
+from dist_decoder.manifest import encode_npz, index_name, manifest_fingerprint, read_manifest
+from dist_decoder.manifest import write_manifest as write_last
+from dist_decoder.storage import (
+    LocalStorage,
+    atomic_write_bytes,
+    atomic_write_json,
+    exclusive,
+    sha256_bytes,
+    sha256_file,
+)
+
+_JOURNAL = "unfinished.json"
+_RECIPE_VERSION = 1
+"""Raised when the same input would give other bytes."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that the tars are made from."""
+
+    store: Store
+    split: Split
+    config: DataConfig
+    embeddings: EmbeddingStore
+    datasets: tuple[str, ...]
+    recipe: str
+
+
+def shard(config: DataConfig) -> dict[str, Any]:
+    """Write the shards of the configured datasets to ``config.shards``.
+
+    Returns:
+        Recipe, numbers of tars (written, kept), images, rows and bytes, dead voxels.
+
+    Raises:
+        SplitError: the split leaks, or was made by another configuration.
+        DataError: an image has no embedding, or a subject has too few training rows.
+        StorageError: the disk is full.
+    """
+    plan = _make_plan(config)
+    folder = config.shards
+    with exclusive(folder, "shard"):
+        finished = _finished(folder, plan.recipe)
+        if finished is not None:
+            return _summary(finished, written=0, dead={})
+        journal = _Journal(folder, plan.recipe)
+        # From here on the folder changes: it must not look whole.
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        manifest, dead = _write_everything(plan, folder, journal)
+        _remove_others(folder, manifest)
+        write_last(LocalStorage(folder), manifest)
+        journal.remove()
+    return _summary(manifest, journal.written, dead)
+
+
+def _make_plan(config: DataConfig) -> _Plan:
+    store = Store(config.store)
+    split = read_split(store, config)
+    verify_split(store, split)
+    datasets = store.require(entry.dataset for entry in config.datasets)
+    embeddings = store.embeddings(open_encoder(config.embed).id)
+    recipe = fingerprint(_inputs(store, split, config, embeddings, datasets))
+    return _Plan(store, split, config, embeddings, datasets, recipe)
+
+
+def _inputs(
+    store: Store,
+    split: Split,
+    config: DataConfig,
+    embeddings: EmbeddingStore,
+    datasets: tuple[str, ...],
+) -> dict[str, Any]:
+    subjects = [(name, subject) for name in datasets for subject in store.subjects(name)]
+    synthetic = {}
+    if config.synthesise.images_per_subject:
+        for name, subject in subjects:
+            place = f"{name}/{subject}"
+            if split.is_holdout(name, subject):
+                continue
+            if not is_current(store, split, embeddings, (name, subject), config):
+                raise DataError(
+                    f"{place}: synthetic rows are missing or were made from other inputs; run"
+                    " `data-tools synthesise`"
+                )
+            synthetic[place] = (read_header(store.path, name, subject) or {})["inputs"]
+    return {
+        "version": [_RECIPE_VERSION, __version__],
+        "shard": config.shard.model_dump(mode="json"),
+        "seed": config.seed,
+        "split": [split.fingerprint, list(split.notes)],
+        "encoder": embeddings.encoder_id,
+        "facts": {name: store.facts(name) for name in datasets},
+        "subjects": {f"{name}/{one}": store.content(name, one) for name, one in subjects},
+        "stimuli": {
+            name: [[one.image_uid, *one.categories] for one in store.stimuli(name)]
+            for name in datasets
+        },
+        "synthetic": synthetic,
+    }
+
+
+def _write_everything(
+    plan: _Plan, folder: Path, journal: _Journal
+) -> tuple[Manifest, dict[str, int]]:
+    files: dict[str, str] = {}
+    sources: list[SourceEntry] = []
+    subjects: dict[str, SubjectEntry] = {}
+    categories: dict[str, tuple[str, ...]] = {}
+    statistics_uids: set[str] = set()
+    dead: dict[str, int] = {}
+    for dataset in plan.datasets:
+        rows = [
+            read_subject(plan.store, plan.split, dataset, subject, plan.config.shard)
+            for subject in plan.store.subjects(dataset)
+        ]
+        for one in rows:
+            name = f"{dataset}/{one.subject}"
+            subjects[name] = _write_subject(plan, folder, one, files)
+            dead[name] = int(one.statistics.dead_UV().all(axis=0).sum())
+            if not plan.split.is_holdout(dataset, one.subject):
+                statistics_uids |= set(one.trials["image_uid"][one.split_N == "train"])
+        todo = measured_sources(plan.store, dataset, rows, plan.config)
+        if plan.config.synthesise.images_per_subject:
+            todo += synthetic_sources(plan.store, plan.split, dataset, plan.config)
+        if todo:
+            categories[dataset] = tuple(sorted({c for one in todo for c in one.all_categories()}))
+        with progress(f"shard {dataset}", sum(len(one.images) for one in todo)) as counter:
+            sources += [_write_source(plan, folder, one, journal, counter) for one in todo]
+    targets = encode_npz(target_statistics(plan.embeddings, sorted(statistics_uids)))
+    _write_file(folder, TARGETS_NAME, targets, files)
+    facts = {name: plan.store.facts(name) for name in plan.datasets}
+    manifest = Manifest(
+        encoder=EncoderEntry(
+            id=plan.embeddings.encoder_id,
+            kind=plan.embeddings.kind,
+            pooled_dim=plan.embeddings.pooled_dim,
+            token_shape=plan.embeddings.token_shape,
+        ),
+        split=SplitEntry(
+            policy=plan.split.policy,
+            fingerprint=plan.split.fingerprint,
+            num_images=count_images(plan.split),
+            notes=plan.split.notes,
+            contaminated=plan.split.contaminated,
+        ),
+        subjects=subjects,
+        sources=tuple(sources),
+        categories=categories,
+        average_trials=plan.config.shard.average_trials,
+        licences={name: facts[name]["licence"] for name in plan.datasets},
+        citations={name: facts[name]["citation"] for name in plan.datasets},
+        files=files,
+        produced_by={"dist_decoder": __version__, "recipe": plan.recipe},
+    )
+    return manifest, dead
+
+
+def _write_subject(
+    plan: _Plan, folder: Path, rows: SubjectRows, files: dict[str, str]
+) -> SubjectEntry:
+    dataset, subject, statistics = rows.dataset, rows.subject, rows.statistics
+    file = f"statistics/{dataset}-{subject}.npz"
+    arrays = {
+        "unit_U": np.array(statistics.units, dtype=np.str_),
+        "mean_UV": statistics.mean_UV,
+        "std_UV": statistics.std_UV,
+        "subject_mean_V": statistics.subject_mean_V,
+        "subject_std_V": statistics.subject_std_V,
+    }
+    _write_file(folder, file, encode_npz(arrays), files)
+    return SubjectEntry(
+        num_voxels=rows.voxels_NV.shape[1],
+        mask_fingerprint=plan.store.voxels(dataset, subject).mask_fingerprint,
+        unit=plan.store.facts(dataset)["unit"],
+        normalise=statistics.normalise,
+        fallback=statistics.fallback,
+        statistics=file,
+        holdout=plan.split.is_holdout(dataset, subject),
+        train_sessions=plan.split.train_sessions(dataset, subject),
+    )
+
+
+def _write_source(
+    plan: _Plan, folder: Path, source: Source, journal: _Journal, counter: Progress
+) -> SourceEntry:
+    size = plan.config.shard.samples_per_shard
+    shards = []
+    for number, start in enumerate(range(0, len(source.images), size)):
+        name = f"{source.stem}-{number:05d}.tar"
+        images = source.images[start : start + size]
+        entry = journal.intact(name)
+        if entry is None:
+            samples = source_samples(source, images, start, plan.embeddings, plan.config)
+            entry = write_shard(folder, name, samples)
+            journal.add(entry)
+        counter.advance(len(images))
+        shards.append(entry)
+    return SourceEntry(
+        dataset=source.dataset,
+        split=source.split,
+        kind=source.kind,
+        shards=tuple(shards),
+        num_images=len(source.images),
+        rows=source.row_counts(),
+    )
+
+
+class _Journal:
+    """Names the tars that are finished, until the manifest does."""
+
+    def __init__(self, folder: Path, recipe: str) -> None:
+        self._folder = folder
+        self._path = folder / _JOURNAL
+        self._recipe = recipe
+        self._done: dict[str, Any] = {}
+        self.written = 0
+        if self._path.is_file():
+            try:
+                held = json.loads(self._path.read_bytes())
+            except ValueError as error:
+                raise DataError(f"{self._path} is damaged ({error}); remove it") from error
+            if held["recipe"] == recipe:
+                self._done = held["shards"]
+
+    def intact(self, name: str) -> ShardEntry | None:
+        """Return a tar that an earlier call finished, if its bytes are still those."""
+        if name not in self._done:
+            return None
+        entry = ShardEntry.model_validate(self._done[name])
+        return entry if _is_intact(self._folder, entry) else None
+
+    def add(self, entry: ShardEntry) -> None:
+        """Name a tar as finished."""
+        self.written += 1
+        self._done[entry.name] = entry.model_dump(mode="json")
+        atomic_write_json(self._path, {"recipe": self._recipe, "shards": self._done})
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def _is_intact(folder: Path, entry: ShardEntry) -> bool:
+    files = ((entry.name, entry.sha256), (index_name(entry.name), entry.index_sha256))
+    return all(
+        (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in files
+    )
+
+
+def _finished(folder: Path, recipe: str) -> Manifest | None:
+    """Return the manifest of a complete folder of this recipe."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(LocalStorage(folder))
+    if manifest.produced_by.get("recipe") != recipe:
+        return None
+    intact = all(_is_intact(folder, entry) for one in manifest.sources for entry in one.shards)
+    files = all(
+        (folder / name).is_file() and sha256_file(folder / name) == digest
+        for name, digest in manifest.files.items()
+    )
+    return manifest if intact and files else None
+
+
+def _remove_others(folder: Path, manifest: Manifest) -> None:
+    """Remove tars, indexes and statistics of an earlier recipe, and partial files."""
+    tars = [entry.name for one in manifest.sources for entry in one.shards]
+    keep = {*tars, *map(index_name, tars), *manifest.files}
+    for pattern in ("*.tar", "*.index.json", "statistics/*.npz", ".*.partial"):
+        for path in folder.glob(pattern):
+            if path.relative_to(folder).as_posix() not in keep:
+                path.unlink()
+
+
+def _write_file(folder: Path, name: str, data: bytes, files: dict[str, str]) -> None:
+    atomic_write_bytes(folder / name, data)
+    files[name] = sha256_bytes(data)
+
+
+def _summary(manifest: Manifest, written: int, dead: dict[str, int]) -> dict[str, Any]:
+    tars = [entry for one in manifest.sources for entry in one.shards]
+    return {
+        "manifest": manifest_fingerprint(manifest),
+        "shards": len(tars),
+        "written": written,
+        "kept": len(tars) - written,
+        "images": sum(one.num_images for one in manifest.sources),
+        "rows": sum(sum(one.rows.values()) for one in manifest.sources),
+        "bytes": sum(entry.bytes for entry in tars),
+        "dead_voxels": {name: count for name, count in dead.items() if count},
+        "fallback": {
+            name: len(entry.fallback) for name, entry in manifest.subjects.items() if entry.fallback
+        },
+    }

@@ -1,0 +1,225 @@
+"""Which images a source of shards holds, with which rows, and the bytes of a sample.
+
+Axes: R rows of one image and subject, V voxels of one subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.embedding_store import EmbeddingStore
+from data_tools.splits import Split
+from data_tools.store import Store
+from data_tools.subject_rows import SubjectRows
+from data_tools.synthetic_store import read_synthetic
+from data_tools.tar_shard import Sample
+from dist_decoder.config.data import DataConfig
+from dist_decoder.errors import DataError, SplitError
+from dist_decoder.formats import RowInfo, SampleInfo, SplitName
+from dist_decoder.manifest import document_bytes, encode_npy
+from dist_decoder.rng import key64
+
+_SPLITS: tuple[SplitName, ...] = ("train", "validation", "test", "imagery")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one image and subject."""
+
+    voxels_RV: NDArray[Any]
+    infos: tuple[RowInfo, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of one dataset, split and kind, in the order of the tars."""
+
+    dataset: str
+    split: SplitName
+    kind: Literal["measured", "synthetic"]
+    images: tuple[str, ...]
+    """image_uids."""
+    rows: Mapping[str, Mapping[str, Rows]]
+    """image_uid -> subject name -> rows."""
+    categories: Mapping[str, tuple[str, ...]]
+
+    @property
+    def stem(self) -> str:
+        """Beginning of the names of its tars and of its keys."""
+        kind = "" if self.kind == "measured" else "-synthetic"
+        return f"{self.dataset}-{self.split}{kind}"
+
+    def all_categories(self) -> set[str]:
+        """Return the names of all categories of its images."""
+        return {name for uid in self.images for name in self.categories.get(uid, ())}
+
+    def row_counts(self) -> dict[str, int]:
+        """Return the number of rows of each subject."""
+        counts: dict[str, int] = {}
+        for uid in self.images:
+            for subject, rows in self.rows[uid].items():
+                counts[subject] = counts.get(subject, 0) + len(rows.infos)
+        return dict(sorted(counts.items()))
+
+
+def measured_sources(
+    store: Store, dataset: str, subjects: Sequence[SubjectRows], config: DataConfig
+) -> list[Source]:
+    """Return the sources of one dataset, one per split that has rows.
+
+    Raises:
+        DataError: a subject's name cannot be part of a member name.
+    """
+    categories = _categories(store, dataset, subjects)
+    found: dict[str, dict[str, dict[str, Rows]]] = {name: {} for name in _SPLITS}
+    for one in subjects:
+        _check_name(one.dataset, one.subject)
+        table = one.trials
+        columns = [table[name].tolist() for name in ("session", "run", "trial", "repetition")]
+        places: dict[tuple[str, str], list[int]] = {}
+        for row, place in enumerate(zip(one.split_N.tolist(), table["image_uid"], strict=True)):
+            places.setdefault(place, []).append(row)
+        for (split, uid), rows in places.items():
+            if split in found:
+                picked = _pick(one.voxels_NV, columns, rows, config.shard.average_trials)
+                found[split].setdefault(uid, {})[one.subject] = picked
+    return [
+        Source(
+            dataset,
+            name,
+            "measured",
+            _order(found[name], dataset, name, config.seed),
+            found[name],
+            categories,
+        )
+        for name in _SPLITS
+        if found[name]
+    ]
+
+
+def synthetic_sources(store: Store, split: Split, dataset: str, config: DataConfig) -> list[Source]:
+    """Return the synthetic training source of one dataset; none if its pools were empty.
+
+    Raises:
+        FormatError: ``synthesise`` did not finish.
+        SplitError: an image of it is not a training image everywhere.
+    """
+    dtype = np.dtype(config.shard.voxel_dtype)
+    found: dict[str, dict[str, Rows]] = {}
+    for subject in store.subjects(dataset):
+        if split.is_holdout(dataset, subject):
+            continue
+        synthetic = read_synthetic(store.path, dataset, subject)
+        for row, (uid, origin) in enumerate(zip(synthetic.uids, synthetic.provenance, strict=True)):
+            info = RowInfo(session=0, run=0, trial=-1, provenance=origin)
+            voxels_RV = synthetic.responses_nV[row : row + 1].astype(dtype)
+            found.setdefault(uid, {})[subject] = Rows(voxels_RV, (info,))
+    for uid in sorted(found):
+        places = {name: images[uid] for name, images in split.images.items() if uid in images}
+        if set(places.values()) != {"train"}:
+            raise SplitError(
+                f"{dataset}: synthetic rows of {uid!r}, which is {places}; run"
+                " `data-tools synthesise` again after `data-tools split`"
+            )
+    if not found:
+        return []
+    categories = {
+        one.image_uid: one.categories for name in split.images for one in store.stimuli(name)
+    }
+    order = _order(found, dataset, "synthetic", config.seed)
+    return [Source(dataset, "train", "synthetic", order, found, categories)]
+
+
+def source_samples(
+    source: Source,
+    images: Sequence[str],
+    first: int,
+    embeddings: EmbeddingStore,
+    config: DataConfig,
+) -> Iterator[Sample]:
+    """Yield the samples of some images of a source.
+
+    Args:
+        source: to which the images belong.
+        images: image_uids of one tar.
+        first: position of the first one in the source; keys count from it.
+        embeddings: of the frozen encoder.
+        config: dtypes.
+    """
+    pooled_ME = embeddings.pooled(images)
+    tokens_MTD = None if embeddings.token_shape is None else embeddings.tokens(images)
+    dtype = config.shard.token_dtype
+    for number, uid in enumerate(images):
+        key = f"{source.stem}-{first + number:07d}"
+        by_subject = dict(sorted(source.rows[uid].items()))
+        info = SampleInfo(
+            key=key,
+            dataset=source.dataset,
+            image_uid=uid,
+            split=source.split,
+            categories=source.categories.get(uid, ()),
+            rows={subject: rows.infos for subject, rows in by_subject.items()},
+        )
+        # Float32: raw pooled embeddings of one encoder differ from one another by little, and
+        # against the tokens they are small.
+        members = [("json", document_bytes(info)), ("pooled.npy", encode_npy(pooled_ME[number]))]
+        if tokens_MTD is not None:
+            members.append(("tokens.npy", encode_npy(tokens_MTD[number].astype(dtype))))
+        for subject, rows in by_subject.items():
+            members.append((f"{subject}.voxels.npy", encode_npy(rows.voxels_RV)))
+        sessions = {
+            subject: tuple(info.session for info in rows.infos)
+            for subject, rows in by_subject.items()
+        }
+        yield Sample(key, uid, tuple(members), sessions)
+
+
+def _pick(
+    voxels_NV: NDArray[Any], columns: list[list[int]], rows: list[int], average: bool
+) -> Rows:
+    session, run, trial, repetition = ([column[row] for row in rows] for column in columns)
+    if average:
+        mean_V = voxels_NV[rows].astype(np.float64).mean(axis=0)
+        # The last session, so that a limit on sessions never lets a later one in.
+        info = RowInfo(session=max(session), run=0, trial=-1)
+        return Rows(mean_V[None].astype(voxels_NV.dtype), (info,))
+    infos = tuple(
+        RowInfo(session=session[i], run=run[i], trial=trial[i], repetition=repetition[i])
+        for i in range(len(rows))
+    )
+    return Rows(voxels_NV[rows], infos)
+
+
+def _order(images: Iterable[str], dataset: str, split: str, seed: int) -> tuple[str, ...]:
+    """Mixed by a hash: a window of tars is then a fair sample of the images."""
+    return tuple(sorted(images, key=lambda uid: (key64(seed, "shards", dataset, split, uid), uid)))
+
+
+def _categories(
+    store: Store, dataset: str, subjects: Sequence[SubjectRows]
+) -> dict[str, tuple[str, ...]]:
+    """Return image_uid -> categories: of the stimulus, or else of the trials that show it."""
+    of_trials: dict[str, set[str]] = {}
+    for one in subjects:
+        for uid, name in set(zip(one.trials["image_uid"], one.trials["category"], strict=True)):
+            if name:
+                of_trials.setdefault(uid, set()).add(name)
+    found = {uid: tuple(sorted(names)) for uid, names in of_trials.items()}
+    found.update(
+        {one.image_uid: one.categories for one in store.stimuli(dataset) if one.categories}
+    )
+    return found
+
+
+def _check_name(dataset: str, subject: str) -> None:
+    for name in (dataset, subject):
+        if not name or any(character in name for character in "./\\ ") or not name.isascii():
+            raise DataError(
+                f"{dataset}/{subject}: {name!r} cannot be part of a tar member name; use ASCII"
+                " letters, digits, - and _"
+            )
