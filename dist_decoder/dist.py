@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from dist_decoder.errors import ConfigError, TrainingError
+from dist_decoder.errors import ConfigError, DistDecoderError, TrainingError
+
+ValueT = TypeVar("ValueT")
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -69,7 +71,9 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r} but torch sees no CUDA device; use device=cpu or auto")
+        raise ConfigError(
+            f"device={device!r} but torch sees no CUDA device; use device=cpu or auto"
+        )
     return torch.device(device)
 
 
@@ -148,6 +152,55 @@ def broadcast_object(value: Any, world: World, source: int = 0) -> Any:
     box = [value]
     torch_dist.broadcast_object_list(box, src=source, device=world.device)
     return box[0]
+
+
+def run_on_first(function: Callable[[], ValueT], world: World) -> ValueT:
+    """Call ``function`` on rank 0 and return its (picklable) value on every rank.
+
+    Raises:
+        DistDecoderError: rank 0 raised one; every rank raises the same, so that none waits.
+    """
+    if world.size == 1:
+        return function()
+    outcome: tuple[Any, DistDecoderError | None] = (None, None)
+    if world.is_first:
+        try:
+            outcome = (function(), None)
+        except DistDecoderError as caught:
+            outcome = (None, caught)
+    value, error = broadcast_object(outcome, world)
+    if error is not None:
+        raise error
+    return value
+
+
+def run_on_all(function: Callable[[], None], world: World) -> None:
+    """Call ``function`` on every rank; an error on any of them is raised on all.
+
+    Raises:
+        DistDecoderError: what this rank raised, else what the first failing rank raised.
+    """
+    own: DistDecoderError | None = None
+    try:
+        function()
+    except DistDecoderError as caught:
+        own = caught
+    errors = [own]
+    if world.size > 1:
+        errors = [None] * world.size
+        torch_dist.all_gather_object(errors, own)
+    for error in [own, *errors]:
+        if error is not None:
+            raise error
+
+
+def any_rank(flags: Sequence[int], world: World) -> list[int]:
+    """Return the largest value of each flag over ranks."""
+    if world.size == 1:
+        return list(flags)
+    tensor = torch.tensor(flags, device=world.device)
+    torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
+    return [int(value) for value in tensor.tolist()]
 
 
 def barrier(world: World) -> None:

@@ -71,7 +71,6 @@ class ModelConfig(Section):
     """Predict the (T, D) tokens."""
     pooled: bool = True
     """Predict the (E,) pooled embedding."""
-    token_normalise: bool = False
     pooled_hidden: PositiveInt | None = None
     """Width of the hidden layer of the pooled head; None is a plain linear head."""
     backbone: BackboneConfig = BackboneConfig()
@@ -177,8 +176,8 @@ class LoraConfig(Section):
     rank: Annotated[int, Field(ge=0)] = 8
     """0 switches LoRA off (only the new ridge layer is trained)."""
     alpha: Positive = 8.0
-    targets: tuple[str, ...] = ("backbone",)
-    """Parts whose linear layers get adapters: backbone, tokens, pooled."""
+    targets: tuple[Literal["backbone", "pooled", "projector"], ...] = ("backbone",)
+    """Parts whose linear layers get adapters."""
 
 
 class AdaptConfig(Section):

@@ -17,9 +17,7 @@ def cosine_similarity(brain_BF: Tensor, image_BF: Tensor) -> Tensor:
     return torch.einsum("bf,mf->bm", brain, image)
 
 
-def symmetric_contrastive(
-    similarity_BB: Tensor, image_ids_B: Tensor, temperature: float
-) -> Tensor:
+def symmetric_contrastive(similarity_BB: Tensor, image_ids_B: Tensor, temperature: float) -> Tensor:
     """Return the mean of the brain-to-image and image-to-brain InfoNCE, a scalar.
 
     Args:

@@ -60,45 +60,42 @@ class MindEye2Mixer(nn.Module):
     def __init__(self, latent_dim: int, config: BackboneConfig) -> None:
         super().__init__()
         hidden = config.hidden or latent_dim
-        self.dropout = config.dropout
         self.dead_blocks = nn.ModuleList(
             ResidualBlock(latent_dim, hidden, 0.0, "") for _ in range(config.blocks)
         )
         self.dead_blocks.requires_grad_(False)
-        self.constants = nn.ModuleList(ConstantBlock() for _ in range(config.blocks))
+        self.constants = nn.ModuleList(
+            ConstantBlock(config.dropout, f"mixer-dropout-{index}")
+            for index in range(config.blocks)
+        )
 
     def forward(self, latents_BL: Tensor, keys: SampleKeys | None = None) -> Tensor:
-        for index, block in enumerate(self.constants):
-            activation = block.activation().expand_as(latents_BL)
-            activation = keyed_dropout(
-                activation, self.dropout, keys, f"mixer-dropout-{index}"
-            )
-            latents_BL = latents_BL + block.scale(activation)
+        for block in self.constants:
+            latents_BL = latents_BL + block(latents_BL, keys)
         return latents_BL
 
 
 class ConstantBlock(nn.Module):
     """The token-mixing MLP over a sequence of one: scalars only."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float, purpose: str) -> None:
         super().__init__()
+        self.dropout = dropout
+        self.purpose = purpose
         self.norm = nn.LayerNorm(1)
         self.up = nn.Linear(1, 1)
         self.down = nn.Linear(1, 1)
 
-    def activation(self) -> Tensor:
-        """Return gelu(w1 beta + b1), shape (1,)."""
-        return F.gelu(self.up(self.norm.bias + 0 * self.norm.weight))
-
-    def scale(self, activation: Tensor) -> Tensor:
-        """Return w2 a + b2 elementwise."""
-        return self.down(activation.unsqueeze(-1)).squeeze(-1)
+    def forward(self, latents_BL: Tensor, keys: SampleKeys | None) -> Tensor:
+        """Return w2 dropout(gelu(w1 beta + b1)) + b2 for every latent, (B, L)."""
+        # The LayerNorm's weight has no effect; the product keeps its gradient zero, not absent.
+        activation = F.gelu(self.up(self.norm.bias + 0 * self.norm.weight))
+        dropped = keyed_dropout(activation.expand_as(latents_BL), self.dropout, keys, self.purpose)
+        return self.down(dropped.unsqueeze(-1)).squeeze(-1)
 
 
 def make_backbone(latent_dim: int, config: BackboneConfig) -> ResidualBackbone | MindEye2Mixer:
     """Return the backbone named by ``config.mixer``."""
-    kinds = {"residual": ResidualBackbone, "mindeye2": MindEye2Mixer}
-    return kinds[config.mixer](latent_dim, config)
-
-
-__all__ = ["MindEye2Mixer", "ResidualBackbone", "make_backbone"]
+    if config.mixer == "mindeye2":
+        return MindEye2Mixer(latent_dim, config)
+    return ResidualBackbone(latent_dim, config)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dist_decoder.config.train import LossConfig, ModelConfig
 from dist_decoder.errors import ConfigError
-from dist_decoder.nn.backbone import make_backbone
+from dist_decoder.nn.backbone import MindEye2Mixer, ResidualBackbone, make_backbone
 from dist_decoder.nn.diffusion import DiffusionPrior, sample_times
 from dist_decoder.nn.heads import PooledHead, RetrievalProjector, TokenHead
 from dist_decoder.nn.initialise import initialise
@@ -34,6 +34,32 @@ class Prediction:
     """Tokens of the token head: the condition of the prior."""
     retrieval_BTD: Tensor | None
     """Projected tokens, trained by the contrastive loss: what is ranked for ``tokens``."""
+
+
+class Ends(nn.Module):
+    """The wide layers."""
+
+    def __init__(self, ridge: SubjectRidges, tokens: TokenHead | None) -> None:
+        super().__init__()
+        self.ridge = ridge
+        self.tokens = tokens
+
+
+class Middle(nn.Module):
+    """Everything between and after the wide layers."""
+
+    def __init__(
+        self,
+        backbone: ResidualBackbone | MindEye2Mixer,
+        pooled: PooledHead | None,
+        projector: RetrievalProjector | None,
+        prior: DiffusionPrior | None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pooled = pooled
+        self.projector = projector
+        self.prior = prior
 
 
 class Decoder(nn.Module):
@@ -73,28 +99,28 @@ class Decoder(nn.Module):
         self.config = config
         self.pooled_dim = pooled_dim if config.pooled else None
         self.token_shape = token_shape if config.tokens else None
-        latent_dim = config.latent_dim
-        self.ends = nn.Module()
-        self.ends.ridge = SubjectRidges(subjects, latent_dim)
-        self.middle = nn.Module()
-        self.middle.backbone = make_backbone(latent_dim, config.backbone)
-        if self.pooled_dim is not None:
-            self.middle.pooled = PooledHead(latent_dim, self.pooled_dim, config.pooled_hidden)
-        if self.token_shape is not None:
-            self.ends.tokens = TokenHead(latent_dim, *self.token_shape)
-            self.middle.projector = RetrievalProjector(self.token_shape[1])
-            if config.prior.enabled:
-                self.middle.prior = DiffusionPrior(config.prior, *self.token_shape)
+        width, shape = config.latent_dim, self.token_shape
+        pooled = self.pooled_dim and PooledHead(width, self.pooled_dim, config.pooled_hidden)
+        has_prior = shape is not None and config.prior.enabled
+        self.ends = Ends(
+            SubjectRidges(subjects, width), TokenHead(width, *shape) if shape else None
+        )
+        self.middle = Middle(
+            make_backbone(width, config.backbone),
+            pooled or None,
+            RetrievalProjector(shape[1]) if shape else None,
+            DiffusionPrior(config.prior, *shape) if shape and has_prior else None,
+        )
         initialise(self, seed)
 
     @property
     def ridge(self) -> SubjectRidges:
         """The subject layers."""
-        return self.ends.ridge  # type: ignore[return-value]
+        return self.ends.ridge
 
     @property
     def has_prior(self) -> bool:
-        return hasattr(self.middle, "prior")
+        return self.middle.prior is not None
 
     def train_only_for(self, loss: LossConfig) -> list[str]:
         """Freeze the parts whose loss terms are all switched off, and return their names.
@@ -110,7 +136,7 @@ class Decoder(nn.Module):
         }
         for name, weight in wanted.items():
             side, _, part = name.partition(".")
-            module = getattr(getattr(self, side), part, None)
+            module = getattr(getattr(self, side), part)
             if module is not None and not weight:
                 module.requires_grad_(False)
                 unused.append(name)
@@ -141,14 +167,18 @@ class Decoder(nn.Module):
         latents = keyed_dropout(latents, self.config.ridge_dropout, keys, "ridge-dropout")
         latents = self.middle.backbone(latents, keys)
         found = {"latents": latents}
-        if "pooled" in outputs and self.pooled_dim is not None:
+        if "pooled" in outputs and self.middle.pooled is not None:
             found["pooled"] = self.middle.pooled(latents)
-        if self.token_shape is not None and {"tokens", "retrieval", "prior"} & set(outputs):
+        wanted = set(outputs)
+        if self.ends.tokens is not None and {"tokens", "retrieval", "prior"} & wanted:
             found["tokens"] = self.ends.tokens(latents)
-            if "retrieval" in outputs:
+            if "retrieval" in wanted and self.middle.projector is not None:
                 found["retrieval"] = self.middle.projector(found["tokens"])
-            if "prior" in outputs and keys is not None and prior_target_BTD is not None:
-                found["prior"] = self.middle.prior(found["tokens"], prior_target_BTD, keys)
+            prior = self.middle.prior
+            if "prior" in wanted and prior is not None:
+                if keys is None or prior_target_BTD is None:
+                    raise ValueError("the prior's training output needs keys and clean tokens")
+                found["prior"] = prior(found["tokens"], prior_target_BTD, keys)
         return found
 
     def _add_noise(
@@ -174,9 +204,7 @@ class Decoder(nn.Module):
         parts: list[dict[str, Tensor]] = []
         for chunk in voxels_BV.split(batch_size):
             rows = torch.arange(len(chunk), device=device)
-            found = self(
-                {subject: chunk.to(device, torch.float32)}, {subject: rows}, len(chunk)
-            )
+            found = self({subject: chunk.to(device, torch.float32)}, {subject: rows}, len(chunk))
             parts.append({name: value.float().cpu() for name, value in found.items()})
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return Prediction(
@@ -193,10 +221,10 @@ class Decoder(nn.Module):
         The noise of a row depends on (seed, its place among the rows, step): the same rows give
         the same samples whatever ``batch_size`` is.
         """
-        if not self.has_prior:
+        prior = self.middle.prior
+        if prior is None:
             raise ConfigError("this model was trained without a prior (model.prior.enabled=false)")
         device = next(self.parameters()).device
-        prior: DiffusionPrior = self.middle.prior  # type: ignore[assignment]
         steps = len(sample_times(prior.config.timesteps, prior.config.sample_steps))
         done = []
         for start in range(0, len(tokens_BTD), batch_size):

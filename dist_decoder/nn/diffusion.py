@@ -6,6 +6,7 @@ Axes: B samples, T tokens, D token width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -30,9 +31,7 @@ class DiffusionPrior(nn.Module):
         super().__init__()
         self.config = config
         self.token_shape = (num_tokens, token_dim)
-        self.net = PriorNetwork(
-            num_tokens, token_dim, config.depth, config.heads, config.head_dim
-        )
+        self.net = PriorNetwork(num_tokens, token_dim, config.depth, config.heads, config.head_dim)
         self.scheduler = make_scheduler(config.timesteps)
 
     def forward(self, brain_BTD: Tensor, target_BTD: Tensor, keys: SampleKeys) -> Tensor:
@@ -41,7 +40,7 @@ class DiffusionPrior(nn.Module):
         drawn = keys.uniform("prior-timestep", (), device)
         t_B = (drawn * self.config.timesteps).long().clamp_max(self.config.timesteps - 1)
         noise = keys.normal("prior-noise", self.token_shape, device)
-        noisy = self.scheduler.add_noise(target_BTD.float(), noise, t_B)
+        noisy = self.scheduler.add_noise(target_BTD.float(), noise, t_B)  # type: ignore[arg-type]
         drop_brain, drop_image = draw_drops(keys, self.config.cond_drop_prob, device)
         return self.net(noisy, t_B, brain_BTD, drop_brain, drop_image)
 
@@ -58,7 +57,9 @@ class DiffusionPrior(nn.Module):
             return self.net(noisy_BTD, t_B, brain_BTD).float()
 
         return sample(
-            predict, self.scheduler.alphas_cumprod.to(brain_BTD.device), noises,
+            predict,
+            self.scheduler.alphas_cumprod.to(brain_BTD.device),
+            noises,
             self.config.sample_steps,
         )
 
@@ -102,7 +103,7 @@ def sample(
     draws = iter(noises)
     x = next(draws)
     clean = x
-    for now, following in zip(times[:-1], times[1:], strict=True):
+    for now, following in pairwise(times):
         t_B = torch.full((len(x),), now, device=x.device, dtype=torch.long)
         clean = predict(x, t_B)
         if following < 0:

@@ -188,9 +188,7 @@ class PriorNetwork(nn.Module):
         self.null_image = nn.Parameter(torch.empty(num_tokens, token_dim))
         self.time = TimeEmbedding(token_dim)
         self.bias = DistanceBias(heads)
-        self.attentions = nn.ModuleList(
-            Attention(token_dim, heads, head_dim) for _ in range(depth)
-        )
+        self.attentions = nn.ModuleList(Attention(token_dim, heads, head_dim) for _ in range(depth))
         self.feed_forwards = nn.ModuleList(GatedFeedForward(token_dim) for _ in range(depth))
         self.norm = GainNorm(token_dim, stable=True)
         self.out = nn.Linear(token_dim, token_dim, bias=False)

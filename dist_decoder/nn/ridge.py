@@ -78,7 +78,8 @@ class SubjectRidges(nn.Module):
                     f"{expected}); was another mask used?"
                 )
         parts, places = [], []
-        for name, layer in self.layers.items():
+        for name in self.num_voxels:
+            layer = self.layer(name)
             weight = layer.weight
             present = name in voxels
             parts.append(
@@ -94,6 +95,4 @@ class SubjectRidges(nn.Module):
 
     def _nothing(self, name: str, weight: Tensor) -> Tensor:
         # ZeRO stage 3 shows an empty weight outside the layer's own forward: take V by name.
-        return torch.zeros(
-            (0, self.num_voxels[name]), dtype=weight.dtype, device=weight.device
-        )
+        return torch.zeros((0, self.num_voxels[name]), dtype=weight.dtype, device=weight.device)

@@ -73,7 +73,7 @@ def compute_losses(
         for name in dict.fromkeys(term.output for term in shared)
     }
     gathered_targets = {
-        name: gather(targets[name].flatten(1), plan.counts, world)
+        str(name): gather(targets[name].flatten(1), plan.counts, world)
         for name in dict.fromkeys(term.target for term in shared)
     }
     image_ids_B = gather(batch.image_ids_B, plan.counts, world)

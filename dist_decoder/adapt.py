@@ -1,0 +1,239 @@
+"""A new subject from little data: a new ridge layer and low-rank adapters on a frozen model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_decoder import dist
+from dist_decoder.config.train import AdaptConfig, LossConfig, SourcesConfig
+from dist_decoder.data.loader import Loader
+from dist_decoder.data.sources import choose_subjects
+from dist_decoder.data.targets import TargetStatistics, read_targets
+from dist_decoder.dist import World, run_on_first
+from dist_decoder.errors import ConfigError
+from dist_decoder.formats import Manifest
+from dist_decoder.manifest import manifest_fingerprint, read_manifest
+from dist_decoder.nn.decoder import Decoder
+from dist_decoder.nn.lora import add_lora
+from dist_decoder.storage import exclusive, open_location
+from dist_decoder.train.canonical import checkpoints_of
+from dist_decoder.train.checkpoint import (
+    BaseInfo,
+    CheckpointDocument,
+    CheckpointMeta,
+    find_checkpoint,
+    load_base,
+    make_decoder,
+    read_meta,
+)
+from dist_decoder.train.joint import subject_infos
+from dist_decoder.train.loop import Job, fit
+from dist_decoder.train.rows import subject_rows, validation_of
+from dist_decoder.train.run_folder import (
+    METRICS_NAME,
+    config_fingerprint,
+    open_run,
+    read_summary,
+    write_summary,
+)
+from dist_decoder.train.start import start_ridges
+from dist_decoder.train.validate import selection_score
+
+
+def adapt(config: AdaptConfig) -> dict[str, Any] | None:
+    """Adapt a joint model to a new subject, or train the same model from scratch on it.
+
+    Every learning rate of ``lrs`` is trained in a folder of its own; the one with the best score
+    on the validation images becomes the checkpoint of the run. The model before the first step is
+    kept below ``start``, so that what training adds can be told from what the start gave.
+
+    Returns:
+        On rank 0 the summary: ``validation`` and ``validation_at_start`` scores, ``lr``, ``tried``;
+        None on other ranks.
+
+    Raises:
+        ConfigError: the subject was in the joint training, or the shards do not fit the base.
+        DistDecoderError: see ``train.loop.fit``.
+    """
+    world = dist.start(config.engine.device, config.engine.timeout_s)
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    try:
+        with ExitStack() as held:
+            finished = run_on_first(lambda: _open(config, held), world)
+            if finished is not None:
+                return {**finished, "already_finished": True} if world.is_first else None
+            summary = _try_rates(config, world)
+            return summary if world.is_first else None
+    finally:
+        dist.stop()
+
+
+def _open(config: AdaptConfig, held: ExitStack) -> dict[str, Any] | None:
+    finished = open_run(config, config.run, config.resume)
+    held.enter_context(exclusive(config.run, "adaptation"))
+    return finished
+
+
+def _try_rates(config: AdaptConfig, world: World) -> dict[str, Any]:
+    storage = open_location(config.data.shards)
+    manifest = read_manifest(storage)
+    targets = read_targets(storage, manifest)
+    base = read_meta(run_on_first(lambda: find_checkpoint(config.base), world))
+    check_fits(config, base, manifest, targets)
+    data = config.data.model_copy(
+        update={
+            "datasets": None,
+            "subjects": (config.subject,),
+            "max_sessions": config.sessions,
+        }
+    )
+    tried = []
+    for rate in config.lrs:
+        folder = config.run / f"lr-{rate:g}"
+        summary = run_on_first(partial(read_summary, folder), world)
+        if summary is None:
+            job = _job(config, rate, folder, data, base, manifest, targets, world)
+            summary = fit(job, world)
+            if world.is_first:
+                write_summary(folder, summary)
+        tried.append({"lr": rate, **summary})
+    best = max(tried, key=lambda entry: selection_score(entry["validation"]))
+    result = {
+        "run": str(config.run),
+        "subject": config.subject,
+        "start": config.start,
+        **best,
+        "tried": [{"lr": entry["lr"], "validation": entry["validation"]} for entry in tried],
+    }
+    if world.is_first:
+        _publish(config.run, config.run / f"lr-{best['lr']:g}")
+        write_summary(config.run, result)
+    return result
+
+
+def check_fits(
+    config: AdaptConfig, base: CheckpointMeta, manifest: Manifest, targets: TargetStatistics
+) -> None:
+    """Refuse a subject that the base has seen, and shards with other targets.
+
+    Raises:
+        ConfigError: one of these.
+    """
+    choose_subjects(manifest, None, (config.subject,), True)
+    if config.subject in base.subjects:
+        raise ConfigError(
+            f"{config.subject} was in the joint training of {base.folder}: adapting to it would "
+            "not show what a new subject gets. Hold it out (split.holdout), or pick another one"
+        )
+    if manifest.encoder != base.encoder:
+        raise ConfigError(
+            f"{config.data.shards} holds targets of encoder {manifest.encoder.id}, the base "
+            f"predicts those of {base.encoder.id}"
+        )
+    mine, theirs = targets.arrays(), base.targets.arrays()
+    if not all(np.array_equal(mine[name], theirs[name]) for name in theirs):
+        raise ConfigError(
+            f"{config.data.shards} standardises its targets by other statistics than the base's "
+            "shards did: shard the new subject together with the others (as a holdout)"
+        )
+
+
+def _job(
+    config: AdaptConfig,
+    rate: float,
+    folder: Path,
+    data: SourcesConfig,
+    base: CheckpointMeta,
+    manifest: Manifest,
+    targets: TargetStatistics,
+    world: World,
+) -> Job:
+    from_base = config.start == "base"
+    model = base.document.model
+    if config.voxel_noise is not None:
+        model = model.model_copy(update={"voxel_noise": config.voxel_noise})
+    document = CheckpointDocument(
+        kind="adapted" if from_base else "scratch",
+        step=0,
+        seed=config.seed,
+        model=model,
+        subjects=subject_infos(manifest, (config.subject,)),
+        encoder=manifest.encoder,
+        manifest_fingerprint=manifest_fingerprint(manifest),
+        config_fingerprint=config_fingerprint(config),
+        config=config.model_dump(mode="json"),
+        ema=config.optim.ema_decay > 0,
+        base=_base_info(config.run, base) if from_base else None,
+        lora=config.lora if from_base else None,
+    )
+    decoder = _start_model(config, document, data, base, folder, world)
+    loss = config.loss or LossConfig.model_validate(base.config["loss"])
+
+    def batches(start_step: int) -> Loader:
+        return Loader(data, config.seed, world.rank, world.size, start_step, allow_holdout=True)
+
+    return Job(
+        folder=folder,
+        decoder=decoder,
+        batches=batches,
+        validation=validation_of(data, (config.subject,)),
+        document=document,
+        targets=targets,
+        data=data,
+        loss=loss,
+        optim=config.optim.model_copy(update={"lr": rate}),
+        engine=config.engine,
+        checkpoint=config.checkpoint,
+        log=config.log,
+        save_frozen=not from_base,
+        keep_start=True,
+        label=f"lr {rate:g}: ",
+    )
+
+
+def _start_model(
+    config: AdaptConfig,
+    document: CheckpointDocument,
+    data: SourcesConfig,
+    base: CheckpointMeta,
+    folder: Path,
+    world: World,
+) -> Decoder:
+    decoder = make_decoder(document)
+    if config.start == "base":
+        load_base(decoder, base.folder)
+        add_lora(decoder, config.lora, config.seed)
+    if not run_on_first(lambda: bool(checkpoints_of(folder / "checkpoints")), world):
+        start_ridges(
+            decoder,
+            document.model.ridge_start,
+            subject_rows(data, "train", allow_holdout=True),
+            config.run / "ridge-start",
+            world,
+        )
+    return decoder
+
+
+def _base_info(run: Path, base: CheckpointMeta) -> BaseInfo:
+    path = os.path.relpath(base.folder.resolve(), run.resolve())
+    return BaseInfo(fingerprint=base.fingerprint, path=path)
+
+
+def _publish(run: Path, chosen: Path) -> None:
+    """Put checkpoints, start and metrics of the chosen learning rate where a run has them."""
+    for name in ("checkpoints", "start"):
+        staging = run / f".{name}.partial"
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.copytree(chosen / name, staging)
+        shutil.rmtree(run / name, ignore_errors=True)
+        staging.rename(run / name)
+    shutil.copyfile(chosen / METRICS_NAME, run / METRICS_NAME)

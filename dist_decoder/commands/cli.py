@@ -1,0 +1,80 @@
+"""The console command ``dist-decoder``. A verb's code is imported when the verb is called."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import typer
+
+from dist_decoder.config.commandline import add_verb, make_app, run_app, run_verb
+from dist_decoder.config.train import AdaptConfig, TrainConfig
+
+app = make_app("dist-decoder", "Train, adapt, predict with, and evaluate fMRI-to-image decoders.")
+
+
+def _lazy_render(path: str) -> Any:
+    def render(result: Any) -> str:
+        import importlib
+
+        module, _, name = path.partition(":")
+        text: str = getattr(importlib.import_module(module), name)(result)
+        return text
+
+    return render
+
+
+add_verb(
+    app,
+    "train",
+    TrainConfig,
+    "dist_decoder.commands.train:run",
+    "Train one decoder on all subjects that are not held out.\n\n"
+    "Alone it is one rank; `dist-launch local ranks=2 -- dist-decoder train CONFIG` or "
+    "`torchrun -m dist_decoder train CONFIG` start more. The same command goes on with an "
+    "interrupted run. Exit code 75: stopped by SIGTERM or SIGUSR1 after saving; 130: Ctrl-C.",
+    render=_lazy_render("dist_decoder.commands.train:render"),
+)
+add_verb(
+    app,
+    "adapt",
+    AdaptConfig,
+    "dist_decoder.commands.adapt:run",
+    "Adapt a trained decoder to a new subject from little data.",
+    render=_lazy_render("dist_decoder.commands.adapt:render"),
+)
+
+
+@app.command("show-config")
+def show_config(
+    config: str = typer.Argument(..., metavar="CONFIG", help="YAML of train or adapt."),
+    overrides: list[str] | None = typer.Argument(
+        None, metavar="KEY.PATH=VALUE", help="Override keys of the file; last one wins."
+    ),
+    deepspeed: bool = typer.Option(
+        False, "--deepspeed", help="Print the DeepSpeed JSON that follows from it."
+    ),
+    ranks: int = typer.Option(1, help="World size that the DeepSpeed JSON is for."),
+) -> None:
+    """Print the resolved configuration of train or adapt as YAML."""
+
+    def show(_: None) -> None:
+        from dist_decoder.commands.show_config import show as print_config
+
+        print_config(config, tuple(overrides or ()), deepspeed, ranks)
+
+    _run_plain(show)
+
+
+def _run_plain(function: Any) -> None:
+    """Run a verb that reads its configuration itself, with the errors of all verbs."""
+    from dist_decoder.config.base import Section
+
+    class Nothing(Section):
+        pass
+
+    run_verb(Nothing, function, None, config_required=False)
+
+
+def main() -> NoReturn:
+    """Run the command."""
+    run_app(app)

@@ -1,0 +1,42 @@
+"""``dist-decoder show-config``: the resolved configuration, or the DeepSpeed JSON behind it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+import yaml
+
+from dist_decoder.config.base import load_config, to_yaml
+from dist_decoder.config.train import AdaptConfig, TrainConfig
+
+
+def show(config: str, overrides: tuple[str, ...], deepspeed: bool, ranks: int) -> None:
+    """Print the resolved configuration as YAML, or the derived DeepSpeed configuration as JSON.
+
+    Raises:
+        ConfigError: the file or an override is wrong.
+    """
+    values: AdaptConfig | TrainConfig
+    if _is_adaptation(Path(config), overrides):
+        values = load_config(AdaptConfig, config, overrides)
+    else:
+        values = load_config(TrainConfig, config, overrides)
+    if not deepspeed:
+        typer.echo(to_yaml(values), nl=False)
+        return
+    from dist_decoder.train.engine import deepspeed_config
+
+    typer.echo(json.dumps(deepspeed_config(values.engine, values.optim, ranks), indent=2))
+
+
+def _is_adaptation(path: Path, overrides: tuple[str, ...]) -> bool:
+    if any(item.startswith("base=") for item in overrides):
+        return True
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):
+        # The loader reads the file again and explains what is wrong with it.
+        return False
+    return isinstance(tree, dict) and "base" in tree

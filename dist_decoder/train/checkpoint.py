@@ -1,0 +1,285 @@
+"""What a checkpoint knows about itself, and models for inference made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dist_decoder.config.base import Section
+from dist_decoder.config.train import LoraConfig, ModelConfig
+from dist_decoder.data.targets import TargetStatistics
+from dist_decoder.errors import CheckpointError
+from dist_decoder.formats import EncoderEntry
+from dist_decoder.nn.decoder import Decoder
+from dist_decoder.nn.lora import add_lora, merge_lora
+from dist_decoder.train.canonical import (
+    State,
+    checkpoints_of,
+    fingerprint_of,
+    is_complete,
+    read_document,
+    read_state,
+)
+
+Kind = Literal["joint", "adapted", "scratch"]
+_TARGET_PARAMETER = "targets"
+_LEVELS_TO_RUN = 5
+
+
+class SubjectInfo(Section):
+    """A subject layer of the model."""
+
+    num_voxels: int
+    mask_fingerprint: str
+
+
+class BaseInfo(Section):
+    """The checkpoint that an adapted one stands on."""
+
+    fingerprint: str
+    path: str
+    """Relative to the run folder of the adapted model."""
+
+
+class CheckpointDocument(Section):
+    """``meta.json`` of a checkpoint."""
+
+    format: Literal["dist-decoder-checkpoint"] = "dist-decoder-checkpoint"
+    version: Literal[1] = 1
+    kind: Kind
+    step: int
+    """Finished global steps; also the position in the data."""
+    seed: int
+    model: ModelConfig
+    subjects: dict[str, SubjectInfo]
+    encoder: EncoderEntry
+    manifest_fingerprint: str
+    config_fingerprint: str
+    config: dict[str, Any]
+    ema: bool
+    base: BaseInfo | None = None
+    lora: LoraConfig | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """A checkpoint's document, its place, and the statistics that standardised its targets."""
+
+    document: CheckpointDocument
+    folder: Path
+    fingerprint: str
+    targets: TargetStatistics
+
+    @property
+    def step(self) -> int:
+        return self.document.step
+
+    @property
+    def kind(self) -> Kind:
+        return self.document.kind
+
+    @property
+    def subjects(self) -> dict[str, SubjectInfo]:
+        return self.document.subjects
+
+    @property
+    def encoder(self) -> EncoderEntry:
+        return self.document.encoder
+
+    @property
+    def manifest_fingerprint(self) -> str:
+        return self.document.manifest_fingerprint
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.document.config
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the newest complete checkpoint of a run folder, or the folder if it is one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if is_complete(path):
+        return path
+    for folder in (path / "checkpoints", path):
+        found = checkpoints_of(folder)
+        if found:
+            return found[-1]
+    if path.name.startswith("step-") and path.is_dir():
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no COMPLETE")
+    raise CheckpointError(f"{path} holds no complete checkpoint: train the model first")
+
+
+def read_meta(folder: Path) -> CheckpointMeta:
+    """Return what a checkpoint knows about itself.
+
+    Raises:
+        CheckpointError: it is incomplete, damaged, or of another format.
+    """
+    document = _read_checked(folder)
+    state = read_state(folder, kinds=("target",))
+    return _meta(folder, document, state)
+
+
+def load_for_inference(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[Decoder, CheckpointMeta]:
+    """Return a model that is ready to predict.
+
+    The running average of the weights is used where the run kept one. An adapted checkpoint is
+    put on top of its base, and its adapters are merged into the weights.
+
+    Args:
+        path: run folder, or checkpoint folder.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: nothing complete is there, a file is damaged, tensors do not fit, or the
+            base of an adapted checkpoint is absent or another one.
+    """
+    folder = find_checkpoint(path)
+    document = _read_checked(folder)
+    state = read_state(folder)
+    meta = _meta(folder, document, state)
+    if document.base is None:
+        decoder = make_decoder(document)
+        load_weights(decoder, inference_weights(state, document.ema), folder)
+    else:
+        decoder = make_decoder(document)
+        load_base(decoder, resolve_base(folder, document.base))
+        if document.lora is not None:
+            add_lora(decoder, document.lora, document.seed)
+        weights = inference_weights(state, document.ema)
+        own = {name for name, p in decoder.named_parameters() if p.requires_grad}
+        load_weights(decoder, weights, folder, only=own)
+        merge_lora(decoder)
+    decoder.requires_grad_(False)
+    return decoder.eval().to(device), meta
+
+
+def make_decoder(document: CheckpointDocument, subjects: dict[str, int] | None = None) -> Decoder:
+    """Return a decoder of a checkpoint's sizes, with start values.
+
+    Args:
+        document: of the checkpoint.
+        subjects: name -> number of voxels; None takes the checkpoint's own.
+    """
+    if subjects is None:
+        subjects = {name: info.num_voxels for name, info in document.subjects.items()}
+    encoder = document.encoder
+    return Decoder(document.model, subjects, encoder.pooled_dim, encoder.token_shape, document.seed)
+
+
+def inference_weights(state: State, ema: bool) -> dict[str, Tensor]:
+    """Return the weights to predict with, by parameter name."""
+    weights = {}
+    for name, kinds in state.items():
+        if "frozen" in kinds:
+            weights[name] = kinds["frozen"]
+        elif "master" in kinds:
+            weights[name] = kinds["ema"] if ema and "ema" in kinds else kinds["master"]
+    return weights
+
+
+@torch.no_grad()
+def load_weights(
+    decoder: Decoder, weights: dict[str, Tensor], folder: Path, only: set[str] | None = None
+) -> None:
+    """Copy weights into the decoder.
+
+    Args:
+        decoder: changed in place.
+        weights: by parameter name.
+        folder: where they come from, for messages.
+        only: names that must be loaded; None is all parameters.
+
+    Raises:
+        CheckpointError: a name is missing, unknown, or of another shape.
+    """
+    parameters = dict(decoder.named_parameters())
+    wanted = set(parameters) if only is None else only
+    missing, extra = sorted(wanted - set(weights)), sorted(set(weights) - set(parameters))
+    if missing or extra:
+        raise CheckpointError(
+            f"{folder} does not fit this model: missing {missing[:5]}, unknown {extra[:5]}"
+        )
+    for name in wanted:
+        if parameters[name].shape != weights[name].shape:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {tuple(weights[name].shape)}, this model needs "
+                f"{tuple(parameters[name].shape)}"
+            )
+        parameters[name].copy_(weights[name])
+
+
+def load_base(decoder: Decoder, folder: Path) -> None:
+    """Copy everything but the subject layers from a base checkpoint into the decoder."""
+    document = _read_checked(folder)
+    weights = inference_weights(read_state(folder), document.ema)
+    shared = {
+        name: tensor for name, tensor in weights.items() if not name.startswith("ends.ridge.")
+    }
+    own = {name for name, _ in decoder.named_parameters() if not name.startswith("ends.ridge.")}
+    load_weights(decoder, shared, folder, only=own)
+
+
+def resolve_base(folder: Path, base: BaseInfo) -> Path:
+    """Return the base checkpoint's folder.
+
+    Raises:
+        CheckpointError: it is not where it was, or it is another one.
+    """
+    # The run folder is some levels up: a learning rate that was tried has a folder of its own.
+    found = [
+        place
+        for parent in list(folder.resolve().parents)[:_LEVELS_TO_RUN]
+        if is_complete(place := (parent / base.path).resolve())
+    ]
+    for place in found:
+        if fingerprint_of(place) == base.fingerprint:
+            return place
+    if found:
+        raise CheckpointError(
+            f"{folder} is an adapter on the checkpoint {base.fingerprint}, but {found[0]} is "
+            f"{fingerprint_of(found[0])}: the base was trained again; adapt again"
+        )
+    raise CheckpointError(
+        f"{folder} is an adapter on the checkpoint {base.fingerprint}, which is not at "
+        f"{base.path}: put the base run back, or adapt again"
+    )
+
+
+def target_tensors(targets: TargetStatistics) -> State:
+    """Return target statistics in the form of a checkpoint."""
+    return {
+        f"{_TARGET_PARAMETER}.{name}": {"target": torch.as_tensor(value, dtype=torch.float32)}
+        for name, value in targets.arrays().items()
+    }
+
+
+def _read_checked(folder: Path) -> CheckpointDocument:
+    try:
+        return CheckpointDocument.model_validate(read_document(folder))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{folder}/meta.json is not of this version of dist-decoder: {error}"
+        ) from error
+
+
+def _meta(folder: Path, document: CheckpointDocument, state: State) -> CheckpointMeta:
+    prefix = f"{_TARGET_PARAMETER}."
+    arrays = {
+        name.removeprefix(prefix): kinds["target"].numpy()
+        for name, kinds in state.items()
+        if name.startswith(prefix)
+    }
+    targets = TargetStatistics.from_arrays(arrays, str(folder))
+    return CheckpointMeta(document, folder, fingerprint_of(folder), targets)

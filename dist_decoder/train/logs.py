@@ -1,0 +1,108 @@
+"""What a run says while it trains: progress line, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from dist_decoder.config.train import LogConfig
+from dist_decoder.train.run_folder import METRICS_NAME, cut_metrics
+
+
+class Logs:
+    """Writes of rank 0; on other ranks every method does nothing."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: LogConfig,
+        total_steps: int,
+        start_step: int,
+        active: bool = True,
+        stream: TextIO | None = None,
+        label: str = "",
+    ) -> None:
+        """Open the files; lines about steps after ``start_step`` are dropped first."""
+        self._active = active
+        self._total = total_steps
+        self._label = label
+        self._stream = stream if stream is not None else sys.stderr
+        self._board: Any = None
+        self._bar: Any = None
+        if not active:
+            return
+        cut_metrics(folder, start_step)
+        self._file = (folder / METRICS_NAME).open("a", encoding="utf-8")
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        if self._stream.isatty():
+            self._bar = _make_bar(self._stream)
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step)
+
+    def __enter__(self) -> Logs:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._active:
+            return
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log flat values of one step everywhere."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        text = " ".join(f"{_short(name)} {value:.4g}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        else:
+            self.say(f"step {step}/{self._total} {text}")
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        if not self._active:
+            return
+        line = f"{self._label}{text}"
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("loss/").removeprefix("validation/")
+
+
+def _make_bar(stream: TextIO) -> Any:
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(bar_width=20),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.description}", markup=False),
+        console=Console(file=stream),
+    )
