@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from functools import cached_property, partial
 
@@ -131,7 +130,9 @@ def write_bold5000(tree: Tree, subjects: list[BoldSubject]) -> None:
     """Write ROI betas (py), lists, presented stimuli and labels.
 
     Source: Chang et al. 2019; release 2.0 README.
-    Differs: ``coco_final_annotations`` is JSON; the published pickle holds the same lists.
+    Differs: the COCO labels are an ``instances_train2014.json`` instead of the published pickle.
+    The crops of the presented pictures are not published, so objects that they would cut are
+    left out.
     """
     if not subjects:
         return
@@ -157,7 +158,7 @@ def write_bold5000(tree: Tree, subjects: list[BoldSubject]) -> None:
     )
     scenes = sorted({p.label for p in pictures if p.source == "Scene"})
     labels.write("scene_final_labels.txt", deterministic.lines(scenes))
-    labels.write("coco_final_annotations.json", partial(_coco_annotations, catalogue, pictures))
+    tree.write("annotations/instances_train2014.json", partial(_instances, catalogue, pictures))
 
 
 def _write_subject(tree: Tree, subject: BoldSubject) -> None:
@@ -184,11 +185,8 @@ def _jpeg(catalogue: Catalogue, picture: Picture, side: int) -> bytes:
     return deterministic.jpeg(catalogue.world.picture(z_d, side))
 
 
-def _coco_annotations(catalogue: Catalogue, pictures: tuple[Picture, ...]) -> bytes:
-    tree = {}
-    for picture in pictures:
-        if picture.source == "COCO":
-            number = int(picture.uid.removeprefix("coco:"))
-            image = coco.coco_image(catalogue.seed, number, catalogue.config.num_categories)
-            tree[str(number)] = coco.annotation_entries(image)
-    return json.dumps(tree, sort_keys=True).encode()
+def _instances(catalogue: Catalogue, pictures: tuple[Picture, ...]) -> bytes:
+    ids = [int(p.uid.removeprefix("coco:")) for p in pictures if p.source == "COCO"]
+    num_categories = catalogue.config.num_categories
+    images = [coco.coco_image(catalogue.seed, number, num_categories) for number in ids]
+    return coco.instances_json([coco.without_hidden(image) for image in images])

@@ -65,12 +65,19 @@ class Catalogue:
         """``bold_once`` is the number of BOLD5000 stimuli shown once."""
         self.world, self.seed, self.config = world, world.seed, world.config
         self._bold_once = bold_once
+        self._known_latents: dict[str, NDArray[np.float64]] = {}
         check_sizes(self.config, bold_once)
 
     def latents(self, pictures: Sequence[Picture]) -> NDArray[np.float64]:
         """Return (M, d) latents."""
-        classes = [latent_class(p.label, self.config.num_categories) for p in pictures]
-        return self.world.latents([p.uid for p in pictures], classes)
+        return np.stack([self._latents_of(picture) for picture in pictures])
+
+    def _latents_of(self, picture: Picture) -> NDArray[np.float64]:
+        # Every session asks again for its pictures, and a random stream per picture is slow.
+        if picture.uid not in self._known_latents:
+            category = latent_class(picture.label, self.config.num_categories)
+            self._known_latents[picture.uid] = self.world.image(picture.uid, category)
+        return self._known_latents[picture.uid]
 
     # NSD
 

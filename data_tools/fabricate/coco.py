@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_tools.datasets.identity import coco_uid
@@ -29,6 +29,7 @@ CATEGORIES = {number: name for number, name in enumerate(_NAMES.split(","), 1) i
 MAX_ID = 581_929
 _SIZES = ((640, 480), (480, 640), (500, 375), (640, 427))
 _VAL_SHARE = 0.05
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,19 @@ def coco_image(seed: int, coco_id: int, num_categories: int) -> CocoImage:
     )
     split = "val2017" if draw.random() < _VAL_SHARE else "train2017"
     return CocoImage(coco_id, split, width, height, crop, objects)
+
+
+def without_hidden(image: CocoImage) -> CocoImage:
+    """Return the image with only those objects that the crop shows whole."""
+    top, bottom, left, right = image.crop
+    x0, x1 = left * image.width - _ROUNDING, (1 - right) * image.width + _ROUNDING
+    y0, y1 = top * image.height - _ROUNDING, (1 - bottom) * image.height + _ROUNDING
+    visible = tuple(
+        (number, (x, y, width, height))
+        for number, (x, y, width, height) in image.objects
+        if x >= x0 and y >= y0 and x + width <= x1 and y + height <= y1
+    )
+    return replace(image, objects=visible)
 
 
 def instances_json(images: Sequence[CocoImage]) -> bytes:

@@ -105,7 +105,9 @@ def jpeg(pixels_HW3: NDArray[np.uint8]) -> bytes:
 def npy(array: NDArray[Any]) -> bytes:
     """Return a .npy file."""
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    # Not ascontiguousarray, which gives scalars an axis.
+    contiguous = np.asarray(array, order="C")
+    np.lib.format.write_array(buffer, contiguous, allow_pickle=False)
     return buffer.getvalue()
 
 

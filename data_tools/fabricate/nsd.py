@@ -190,5 +190,4 @@ def _stimuli(subjects: list[NsdSubject]) -> bytes:
 
 
 def _instances(design: NsdDesign, split: str) -> bytes:
-    images = [design.image(row) for row in range(design.catalogue.num_nsd_images)]
-    return coco.instances_json([image for image in images if image.split == split])
+    return coco.instances_json([image for image in design.images if image.split == split])

@@ -91,7 +91,7 @@ class NsdDesign:
         draw = numpy_generator(self.seed, "nsd stim info")
         once, repeated = self.catalogue.bold
         in_bold = {picture.uid for picture in (*once, *repeated)}
-        images = [self.image(row) for row in range(count)]
+        images = self.images
         shared = np.zeros(count, bool)
         shared[self.catalogue.nsd_image_of_id[0, : self.config.shared_images]] = True
         columns: dict[str, object] = {
@@ -114,10 +114,12 @@ class NsdDesign:
                 repetitions[f"subject{subject}_rep{index}"] = position_M3[:, index]
         return deterministic.table(pd.DataFrame(columns | repetitions), ",", index=True)
 
-    def image(self, row: int) -> coco.CocoImage:
-        """Return the COCO facts of a stimulus row."""
-        coco_id = int(self.catalogue.nsd[row].uid.removeprefix("coco:"))
-        return coco.coco_image(self.seed, coco_id, self.catalogue.config.num_categories)
+    @cached_property
+    def images(self) -> tuple[coco.CocoImage, ...]:
+        """COCO facts by stimulus row."""
+        ids = [int(picture.uid.removeprefix("coco:")) for picture in self.catalogue.nsd]
+        num_categories = self.catalogue.config.num_categories
+        return tuple(coco.coco_image(self.seed, coco_id, num_categories) for coco_id in ids)
 
     def _planned_positions(self, subject: int) -> NDArray[np.int64]:
         """Return (stimuli, 3) 1-based positions in the plan, 0 where the subject has none."""

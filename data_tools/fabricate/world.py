@@ -136,12 +136,15 @@ class World:
 
     def _rotate(self, x_Nd: Array, omega: float) -> Array:
         k = self.config.context_dims
-        pairs = (self.config.latent_dim - k) // 2
-        angle_Np = omega * x_Nd[..., np.arange(pairs) % k] if k else np.zeros(())
-        first, second = x_Nd[..., k::2], x_Nd[..., k + 1 :: 2]
-        out = x_Nd.copy()
-        out[..., k::2] = np.cos(angle_Np) * first - np.sin(angle_Np) * second
-        out[..., k + 1 :: 2] = np.sin(angle_Np) * first + np.cos(angle_Np) * second
+        # Keeping the memory order makes every slice contiguous for callers with latents first.
+        out = x_Nd.copy(order="K")
+        cosines = [np.cos(omega * x_Nd[..., i]) for i in range(k)] or [np.cos(0.0)]
+        sines = [np.sin(omega * x_Nd[..., i]) for i in range(k)] or [np.sin(0.0)]
+        for pair, start in enumerate(range(k, self.config.latent_dim, 2)):
+            cosine, sine = cosines[pair % len(cosines)], sines[pair % len(sines)]
+            first, second = x_Nd[..., start], x_Nd[..., start + 1]
+            out[..., start] = cosine * first - sine * second
+            out[..., start + 1] = sine * first + cosine * second
         return out
 
     def signal_variance_d(self) -> Array:

@@ -47,7 +47,7 @@ class FabricatedGOD(Section):
     """Size of the fabricated GOD tree."""
 
     subjects: tuple[int, ...] = (1, 2, 3)
-    num_voxels: tuple[int, int] = (150, 190)
+    num_voxels: tuple[int, int] = (110, 125)
     training_categories: PositiveInt = 150
     images_per_category: PositiveInt = 8
     test_categories: PositiveInt = 50
