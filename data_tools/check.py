@@ -183,8 +183,8 @@ def _voxel_problem(voxels: VoxelTable) -> str:
     for what, shape in sizes.items():
         if shape != (voxels.num_voxels,):
             return f"{what} has shape {shape}, the subject has {voxels.num_voxels} voxels"
-    if voxels.ncsnr_V is not None and not (voxels.ncsnr_V >= 0).all():
-        return "ncsnr holds values that are not >= 0; it is a ratio of standard deviations"
+    if voxels.ncsnr_V is not None and (voxels.ncsnr_V < 0).any():
+        return "ncsnr holds negative values; it is a ratio of standard deviations"
     if voxels.num_voxels == 0:
         return "no voxels are selected"
     return ""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,57 +30,34 @@ from numpy.typing import NDArray
 from data_tools.datasets import nsd_design, nsd_facts
 from data_tools.datasets.coco import Instances, read_instances
 from data_tools.datasets.identity import coco_uid
-from data_tools.datasets.nsd_design import DOWNLOAD, Design, StimulusTable
+from data_tools.datasets.nsd_design import DOWNLOAD, StimulusTable
+from data_tools.datasets.nsd_tree import INT16, NSDOptions, NSDTree
 from data_tools.datasets.options import read_options
 from data_tools.datasets.protocol import Facts, Finding, Stimulus, VoxelTable
 from data_tools.datasets.raw_files import (
     chosen_subjects,
     files_fingerprint,
     hdf5_array,
-    lazily,
     open_hdf5,
     repetitions,
-    require_file,
     require_folder,
 )
 from data_tools.datasets.roi import (
-    check_label_volume,
-    label_number,
     mask_fingerprint,
-    parse_roi,
     read_colour_table,
     roi_masks,
 )
 from data_tools.datasets.volumes import (
-    check_hdf5_layout,
     read_masked_hdf5,
     read_masked_nifti,
     read_nifti_header,
     read_volume,
 )
-from dist_decoder.config.base import Section
 from dist_decoder.config.data import DatasetConfig
 from dist_decoder.errors import DataError
 
 STIMULI = Path("nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5")
 BETAS_PER_PERCENT = 300
-_INT16 = np.dtype(np.int16)
-
-
-class NSDOptions(Section):
-    """Options of the NSD reader."""
-
-    beta_version: str = "betas_fithrf_GLMdenoise_RR"
-    """Folder of the betas: betas_assumehrf (b1), betas_fithrf (b2), betas_fithrf_GLMdenoise_RR
-    (b3)."""
-    source: Literal["nii", "hdf5"] = "nii"
-    """Which of the two equivalent files of a session is read."""
-    allow_missing_sessions: bool = False
-    """Accept a tree in which a session lies missing between others."""
-    categories: Literal["auto", "require", "none"] = "auto"
-    """auto: COCO categories if the annotation files are there. require: an error if not."""
-    annotations: str = "nsddata_stimuli/stimuli/nsd/annotations"
-    """Folder of instances_{train,val}2017.json, relative to the dataset folder."""
 
 
 class NSDReader:
@@ -91,7 +68,7 @@ class NSDReader:
         self.config = config
         self.name = config.dataset
         self.options = read_options(NSDOptions, config)
-        self._cache: dict[str, Any] = {}
+        self.tree = NSDTree(config, self.options)
 
     def facts(self) -> Facts:
         roi = self.config.roi
@@ -106,14 +83,14 @@ class NSDReader:
         present = [
             entry.name
             for entry in sorted(folder.iterdir())
-            if pattern.match(entry.name) and self._betas_folder(entry.name).is_dir()
+            if pattern.match(entry.name) and self.tree.betas_folder(entry.name).is_dir()
         ]
         return chosen_subjects(self.config, present)
 
     def trials(self, subject: str) -> pd.DataFrame:
-        design = self._design
+        design = self.tree.design
         number = _subject_number(subject)
-        sessions = self._sessions(subject)
+        sessions = self.tree.sessions(subject)
         nsd_ids_T = design.nsd_ids(number)
         categories = self._first_categories
         table = pd.DataFrame(
@@ -132,23 +109,23 @@ class NSDReader:
         return table
 
     def voxels(self, subject: str) -> VoxelTable:
-        xyz_V3 = self._xyz(subject)
+        xyz_V3 = self.tree.xyz(subject)
         volumes = {}
         tables = {}
-        for path in sorted(self._roi_folder(subject).glob("*.nii.gz")):
+        for path in sorted(self.tree.roi_folder(subject).glob("*.nii.gz")):
             name = path.name.removesuffix(".nii.gz")
             if name.startswith(("lh.", "rh.")):
                 continue  # the same labels as the file of both hemispheres
-            volumes[name] = self._labels(subject, name)
-            if (colours := self._colour_table_path(name)).is_file():
+            volumes[name] = self.tree.labels(subject, name)
+            if (colours := self.tree.colour_table_path(name)).is_file():
                 tables[name] = read_colour_table(colours)
         ncsnr_V = None
-        ncsnr_path = self._betas_folder(subject) / "ncsnr.nii.gz"
+        ncsnr_path = self.tree.betas_folder(subject) / "ncsnr.nii.gz"
         if ncsnr_path.is_file():
             ncsnr = read_volume(ncsnr_path, DOWNLOAD)
-            self._compare_shape(subject, ncsnr.shape, ncsnr_path)
+            self.tree.compare_shape(subject, ncsnr.shape, ncsnr_path)
             ncsnr_V = ncsnr[tuple(xyz_V3.T)].astype(np.float32)
-        shape = np.asarray(self._volume_shape(subject), np.int64)
+        shape = np.asarray(self.tree.volume_shape(subject), np.int64)
         return VoxelTable(
             xyz_V3.astype(np.float32),
             roi_masks(volumes, tables, xyz_V3),
@@ -157,15 +134,15 @@ class NSDReader:
         )
 
     def betas(self, subject: str, session: int) -> NDArray[np.float32]:
-        path = self._betas_path(subject, session)
-        xyz_V3 = self._xyz(subject)
-        shape = self._session_shape(subject, session)
+        path = self.tree.betas_path(subject, session)
+        xyz_V3 = self.tree.xyz(subject)
+        shape = self.tree.session_shape(subject, session)
         if self.options.source == "nii":
             header = read_nifti_header(path, DOWNLOAD)
-            self._check_header(subject, session)
+            self.tree.check_header(subject, session)
             stored_TV = read_masked_nifti(header, xyz_V3, DOWNLOAD)
         else:
-            stored_TV = read_masked_hdf5(path, "betas", shape, _INT16, xyz_V3, DOWNLOAD)
+            stored_TV = read_masked_hdf5(path, "betas", shape, INT16, xyz_V3, DOWNLOAD)
         betas_NV = stored_TV.astype(np.float32)
         betas_NV /= BETAS_PER_PERCENT
         betas_NV[:, ~stored_TV.any(axis=0)] = np.nan
@@ -205,20 +182,20 @@ class NSDReader:
                 ) from error
 
     def fingerprint(self, subject: str, session: int) -> str:
-        selection = [self._roi_path(subject, choice.name) for choice in self._roi_choices]
-        files = [self._betas_path(subject, session), self.config.path / nsd_design.EXPDESIGN]
+        selection = [self.tree.roi_path(subject, choice.name) for choice in self.tree.roi_choices]
+        files = [self.tree.betas_path(subject, session), self.config.path / nsd_design.EXPDESIGN]
         return files_fingerprint([*files, *selection], self.config.roi, self.options)
 
     def consistency(self, subject: str) -> tuple[Finding, ...]:
         number = _subject_number(subject)
-        sessions = self._sessions(subject)
+        sessions = self.tree.sessions(subject)
         for session in sessions:
-            self._check_header(subject, session)
+            self.tree.check_header(subject, session)
         findings = [Finding("beta headers", True, f"{len(sessions)} sessions of the mask's shape")]
         responses = self.config.path / f"nsddata/ppdata/{subject}/behav/responses.tsv"
         if responses.is_file():
             problem = nsd_design.compare_responses(
-                responses, self._design, number, np.asarray(sessions)
+                responses, self.tree.design, number, np.asarray(sessions)
             )
             detail = problem or "agrees with nsd_expdesign.mat"
             findings.append(Finding("responses.tsv", not problem, detail))
@@ -233,12 +210,8 @@ class NSDReader:
         return tuple(findings)
 
     @cached_property
-    def _design(self) -> Design:
-        return nsd_design.read_design(self.config.path)
-
-    @cached_property
     def _stimulus_table(self) -> StimulusTable:
-        return StimulusTable(self.config.path, self._design)
+        return StimulusTable(self.config.path, self.tree.design)
 
     @cached_property
     def _instances(self) -> Instances | None:
@@ -258,131 +231,9 @@ class NSDReader:
         return {s.stimulus_id: s.categories[0] for s in self.stimuli() if s.categories}
 
     def _seen(self, subject: str) -> list[str]:
-        ids_T = self._design.nsd_ids(_subject_number(subject))
-        executed = np.isin(self._design.session_T, self._sessions(subject))
+        ids_T = self.tree.design.nsd_ids(_subject_number(subject))
+        executed = np.isin(self.tree.design.session_T, self.tree.sessions(subject))
         return [str(nsd_id) for nsd_id in np.unique(ids_T[executed])]
-
-    def _betas_folder(self, subject: str) -> Path:
-        base = self.config.path / f"nsddata_betas/ppdata/{subject}/func1pt8mm"
-        return base / self.options.beta_version
-
-    def _betas_path(self, subject: str, session: int) -> Path:
-        suffix = {"nii": "nii.gz", "hdf5": "hdf5"}[self.options.source]
-        return self._betas_folder(subject) / f"betas_session{session:02d}.{suffix}"
-
-    def _sessions(self, subject: str) -> list[int]:
-        folder = self._betas_folder(subject)
-        suffix = {"nii": r"\.nii\.gz", "hdf5": r"\.hdf5"}[self.options.source]
-        pattern = re.compile(rf"betas_session(\d\d){suffix}$")
-        require_folder(folder, f"{DOWNLOAD}, or correct options.beta_version")
-        matches = (pattern.match(entry.name) for entry in folder.iterdir())
-        present = sorted(int(match.group(1)) for match in matches if match)
-        if self.config.max_sessions is not None:
-            present = [session for session in present if session <= self.config.max_sessions]
-        if not present:
-            raise DataError(
-                f"{self.name}/{subject}: no betas_sessionYY.{suffix[2:]} in {folder}; {DOWNLOAD}, "
-                "or set options.source to the format that is there"
-            )
-        missing = sorted(set(range(1, present[-1] + 1)) - set(present))
-        if missing and not self.options.allow_missing_sessions:
-            raise DataError(
-                f"{self.name}/{subject}: session(s) {', '.join(map(str, missing))} are missing in "
-                f"{folder} while session {present[-1]} is there; download them, or set "
-                "options.allow_missing_sessions=true"
-            )
-        planned = int(self._design.session_T.max())
-        if present[-1] > planned:
-            raise DataError(
-                f"{self.name}/{subject}: {folder} has session {present[-1]}, but "
-                f"{nsd_design.EXPDESIGN.name} plans {planned}; the files are of different trees"
-            )
-        return present
-
-    def _session_shape(self, subject: str, session: int) -> tuple[int, int, int, int]:
-        num_trials = int((self._design.session_T == session).sum())
-        return (*self._volume_shape(subject), num_trials)
-
-    def _check_header(self, subject: str, session: int) -> None:
-        path = self._betas_path(subject, session)
-        shape = self._session_shape(subject, session)
-        if self.options.source == "hdf5":
-            with open_hdf5(path, DOWNLOAD) as file:
-                source = hdf5_array(file, "betas")
-                check_hdf5_layout(source, path, "betas", shape, _INT16, DOWNLOAD)
-            return
-        header = read_nifti_header(path, DOWNLOAD)
-        self._compare_shape(subject, header.shape[:3], path)
-        if header.shape != shape:
-            raise DataError(
-                f"{path} holds {header.shape[3:]} volumes, session {session} has {shape[3]} "
-                f"trials; {DOWNLOAD}"
-            )
-        if header.dtype != _INT16 or (header.slope, header.inter) != (1.0, 0.0):
-            raise DataError(
-                f"{path} is {header.dtype} with scaling {header.slope} * x + {header.inter}; "
-                f"published betas are int16 without scaling; {DOWNLOAD}"
-            )
-
-    @property
-    def _roi_choices(self) -> Any:
-        return parse_roi(self.config.roi or "nsdgeneral")
-
-    def _roi_folder(self, subject: str) -> Path:
-        return self.config.path / f"nsddata/ppdata/{subject}/func1pt8mm/roi"
-
-    def _roi_path(self, subject: str, name: str) -> Path:
-        folder = self._roi_folder(subject)
-        return (folder.parent if name == "brainmask" else folder) / f"{name}.nii.gz"
-
-    def _colour_table_path(self, name: str) -> Path:
-        plain = name.removeprefix("lh.").removeprefix("rh.")
-        return self.config.path / f"nsddata/freesurfer/fsaverage/label/{plain}.mgz.ctab"
-
-    def _labels(self, subject: str, name: str) -> NDArray[np.int64]:
-        path = self._roi_path(subject, name)
-        there = sorted(entry.name for entry in self._roi_folder(subject).glob("*.nii.gz"))
-        require_file(path, f"ROI volumes that are there: {', '.join(there) or 'none'}")
-        labels = check_label_volume(read_volume(path, DOWNLOAD), path)
-        self._compare_shape(subject, labels.shape, path)
-        return labels
-
-    def _volume_shape(self, subject: str) -> tuple[int, int, int]:
-        """Shape of the volume, by the first ROI file of the selection."""
-
-        def read() -> tuple[int, ...]:
-            return read_nifti_header(self._roi_path(subject, self._roi_choices[0].name)).shape[:3]
-
-        x, y, z = lazily(self._cache, f"shape {subject}", read, keep=32)
-        return (x, y, z)
-
-    def _compare_shape(self, subject: str, shape: tuple[int, ...], path: Path) -> None:
-        expected = self._volume_shape(subject)
-        if tuple(shape) != expected:
-            raise DataError(
-                f"{path} has volume shape {tuple(shape)}, the ROI volume of {subject} "
-                f"{expected}; the files are of different subjects or spaces: {DOWNLOAD}"
-            )
-
-    def _xyz(self, subject: str) -> NDArray[np.int64]:
-        def select() -> NDArray[np.int64]:
-            mask = np.zeros(self._volume_shape(subject), bool)
-            for choice in self._roi_choices:
-                labels = self._labels(subject, choice.name)
-                # -1 is "not cortex" and 0 "no label": neither is part of any ROI.
-                if choice.label is None:
-                    mask |= labels > 0
-                else:
-                    table = self._colour_table_path(choice.name)
-                    names = read_colour_table(table) if table.is_file() else {}
-                    where = f"{self.name}/{subject}: ROI {choice.name}"
-                    mask |= labels == label_number(choice.label, names, where)
-            if not mask.any():
-                raise DataError(f"{self.name}/{subject}: ROI {self.config.roi} selects no voxel")
-            return np.stack(np.nonzero(mask), axis=1).astype(np.int64)
-
-        xyz_V3: NDArray[np.int64] = lazily(self._cache, f"xyz {subject}", select, keep=32)
-        return xyz_V3
 
     def _check_brick(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         rows = len(self._stimulus_table)
@@ -398,7 +249,7 @@ class NSDReader:
         listed = self._stimulus_table.planned_positions(number)
         if listed is None:
             return Finding(fact, True, "the table has none")
-        nsd_ids_T = self._design.nsd_ids(number)
+        nsd_ids_T = self.tree.design.nsd_ids(number)
         planned = np.zeros_like(listed)
         which = repetitions(nsd_ids_T)
         if which.max() >= planned.shape[1]:

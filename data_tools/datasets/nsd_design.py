@@ -132,6 +132,10 @@ class StimulusTable:
             )
         flags = self._table["shared1000"].str.lower().isin(("true", "1"))
         self._shared = flags.to_numpy()
+        # Columns as lists: 73,000 look-ups by row of a data frame would take seconds.
+        self._coco_ids = self._table["cocoId"].tolist()
+        self._coco_splits = self._table["cocoSplit"].tolist()
+        self._crops = self._table["cropBox"].tolist()
         if set(np.flatnonzero(self._shared)) != set(design.shared_nsd_ids.tolist()):
             raise DataError(
                 f"{self.path}: the images flagged shared1000 are not those of sharedix "
@@ -147,19 +151,19 @@ class StimulusTable:
         Raises:
             DataError: the COCO id or the crop box cannot be parsed.
         """
-        row = self._table.iloc[nsd_id]
+        coco, crop = self._coco_ids[nsd_id], self._crops[nsd_id]
         try:
-            coco_id = int(row["cocoId"])
             # The published cell is a Python tuple: (top, bottom, left, right) as fractions.
-            top, bottom, left, right = (float(part) for part in ast.literal_eval(row["cropBox"]))
+            top, bottom, left, right = (float(part) for part in ast.literal_eval(crop))
+            box = (top, bottom, left, right)
+            return StimulusInfo(
+                int(coco), self._coco_splits[nsd_id], box, bool(self._shared[nsd_id])
+            )
         except (ValueError, SyntaxError, TypeError) as error:
             raise DataError(
-                f"{self.path}: row of nsdId {nsd_id}: cocoId {row['cocoId']!r} or cropBox "
-                f"{row['cropBox']!r} cannot be parsed ({error})"
+                f"{self.path}: row of nsdId {nsd_id}: cocoId {coco!r} or cropBox {crop!r} cannot "
+                f"be parsed ({error}); {DOWNLOAD}"
             ) from error
-        return StimulusInfo(
-            coco_id, str(row["cocoSplit"]), (top, bottom, left, right), bool(self._shared[nsd_id])
-        )
 
     def planned_positions(self, subject_number: int) -> NDArray[np.int64] | None:
         """Return (images, repetitions) 1-based planned trials of a subject's images, or None
