@@ -198,9 +198,7 @@ class Order:
         if kept is not None:
             return kept
         source = self.sources[source_index]
-        order_N = windowed_order(
-            source.shard_N, self._window_shards, self.seed, source.name, epoch
-        )
+        order_N = windowed_order(source.shard_N, self._window_shards, self.seed, source.name, epoch)
         return self._keep((source_index, epoch), order_N)
 
     def _keep(self, key: tuple[int, int], order_N: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -6,6 +6,8 @@ fixed by its specification: neither a platform nor a numpy version changes it.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,7 +45,7 @@ def windowed_order(
     bounds = np.searchsorted(window_N[by_window_N], np.arange(window_N.max(initial=-1) + 2))
     parts = [
         by_window_N[start:stop][permutation(stop - start, seed, "visits", source, epoch, window)]
-        for window, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for window, (start, stop) in enumerate(pairwise(bounds))
     ]
     return np.concatenate(parts) if parts else by_window_N
 

@@ -218,9 +218,7 @@ def select(
     return Selection(shards, tuple(sources))
 
 
-def _collect(
-    shards: Sequence[Shard], subject: str, kind: Kind, max_sessions: int | None
-) -> Source:
+def _collect(shards: Sequence[Shard], subject: str, kind: Kind, max_sessions: int | None) -> Source:
     dataset, _, name = subject.partition("/")
     visits = [
         (shard_index, sample_index, row)

@@ -70,11 +70,11 @@ class TargetStatistics:
         """Return everything as named arrays, as in ``targets.npz``."""
         arrays = {
             "pooled_mean_E": self.pooled_mean_E,
-            "pooled_scale": np.float32(self.pooled_scale).reshape(()),
+            "pooled_scale": np.array(self.pooled_scale, np.float32),
         }
         if self.tokens_mean_TD is not None:
             arrays["tokens_mean_TD"] = self.tokens_mean_TD
-            arrays["tokens_scale"] = np.float32(self.tokens_scale).reshape(())
+            arrays["tokens_scale"] = np.array(self.tokens_scale, np.float32)
         return arrays
 
     @classmethod
