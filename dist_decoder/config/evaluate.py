@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dist_decoder.config.base import Section
-from dist_decoder.config.data import Fraction, PositiveInt
+from dist_decoder.config.data import PositiveInt
 
 
 class PredictConfig(Section):
@@ -31,8 +31,15 @@ class PredictConfig(Section):
     pool: Literal["test", "train", "all"] = "test"
     """Images that can be retrieved."""
     top: PositiveInt = 5
+    """Images retrieved for each row."""
     sample_prior: bool = True
+    """Also sample tokens from the prior."""
+    images: Path | None = None
+    """Store folder with pictures; given, ``retrieved.png`` shows what was retrieved."""
+    seed: int = 0
+    """Of the prior's noise."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, or cuda."""
 
 
 class ModelRow(Section):
@@ -54,19 +61,33 @@ class EvaluateConfig(Section):
     models: tuple[ModelRow, ...]
     ground_truth: Path | None = None
     """ground_truth.json of a fabricated world: Bayes-optimal scores."""
+    images: Path | None = None
+    """Store folder with the pictures for the gallery; None shows image names."""
     split: Literal["validation", "test"] = "test"
-    confidence: Fraction = 0.99
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Probability that an interval covers the true score."""
     bootstrap: PositiveInt = 2000
     """Resamples of images for the intervals."""
     ridge: bool = True
     """Fit the plain ridge baseline."""
+    ridge_alphas: tuple[float, ...] = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6)
+    """Ridge penalties tried by cross-validation."""
+    ridge_folds: Annotated[int, Field(ge=2)] = 5
+    """Folds of that cross-validation, over images."""
+    ridge_max_features: PositiveInt = 16384
+    """Ridge also predicts tokens if they have at most so many features (T x D)."""
     shuffled: bool = True
     """Evaluate with brains shuffled over images."""
     prior_samples: bool = True
     """Also rank tokens sampled from the prior."""
-    gallery_images: PositiveInt = 6
+    gallery_images: Annotated[int, Field(ge=0)] = 6
+    """Images of each dataset in the gallery, drawn at random; 0 leaves it out."""
+    gallery_top: PositiveInt = 5
+    """Retrieved images shown for each."""
     seed: int = 0
+    """Of the bootstrap, the prior's noise, the shuffled control and the choice for the gallery."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, or cuda."""
 
 
 class ReportConfig(Section):

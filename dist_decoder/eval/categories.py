@@ -5,7 +5,8 @@ Axes: N trials, M images, C classes, F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,25 +15,58 @@ CATEGORY = "category_top1"
 CATEGORY_PROTOCOL = "category/single-trial/nearest-class-mean-of-training-targets/cosine-centred/v1"
 
 
-def class_means(
-    targets_MF: NDArray[np.floating], categories_M: Sequence[Sequence[str]]
-) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-    """Return class names (sorted) and (C, F) float32 means of the standardised targets.
+@dataclass(frozen=True)
+class Classes:
+    """Class means of one dataset's training targets."""
 
-    Args:
-        targets_MF: (M, F) standardised targets of distinct training images.
-        categories_M: the categories of each image; an image with several belongs to each.
-    """
-    names = sorted({name for categories in categories_M for name in categories})
-    column = {name: index for index, name in enumerate(names)}
-    sums_CF = np.zeros((len(names), targets_MF.shape[1]), dtype=np.float64)
-    counts_C = np.zeros(len(names))
-    for image, categories in enumerate(categories_M):
-        for name in set(categories):
-            sums_CF[column[name]] += targets_MF[image]
-            counts_C[column[name]] += 1
-    means_CF: NDArray[np.float32] = (sums_CF / np.maximum(counts_C, 1)[:, None]).astype(np.float32)
-    return tuple(names), means_CF
+    names: tuple[str, ...]
+    """Sorted."""
+    means: dict[str, NDArray[np.float32]]
+    """Kind of target (``pooled``, ``tokens``) -> (C, F) standardised."""
+
+
+class ClassSums:
+    """Adds up the targets of distinct training images by class, a part at a time."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._counts: dict[str, int] = {}
+        self._sums: dict[str, dict[str, NDArray[np.float64]]] = {}
+
+    def add(
+        self,
+        image_uids_N: Sequence[str],
+        targets: Mapping[str, NDArray[np.floating]],
+        categories_N: Sequence[Sequence[str]],
+    ) -> None:
+        """Add images; one that was added before (another trial, another subject) is left out.
+
+        Args:
+            image_uids_N: image of each row.
+            targets: kind -> (N, ...) standardised target of each row.
+            categories_N: an image with several categories belongs to each.
+        """
+        for row, uid in enumerate(image_uids_N):
+            if uid in self._seen:
+                continue
+            self._seen.add(uid)
+            for name in set(categories_N[row]):
+                self._counts[name] = self._counts.get(name, 0) + 1
+                for kind, values in targets.items():
+                    sums = self._sums.setdefault(kind, {})
+                    target_F = np.asarray(values[row], dtype=np.float64).ravel()
+                    sums[name] = sums[name] + target_F if name in sums else target_F
+
+    def classes(self) -> Classes | None:
+        """Return the means, or None without two classes."""
+        names = tuple(sorted(self._counts))
+        if len(names) < 2:
+            return None
+        means = {
+            kind: np.stack([sums[name] / self._counts[name] for name in names]).astype(np.float32)
+            for kind, sums in self._sums.items()
+        }
+        return Classes(names, means)
 
 
 def category_hits(

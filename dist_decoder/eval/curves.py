@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 from dist_decoder.errors import FormatError
 
 METRICS_NAME = "metrics.jsonl"
+_PREFIX = "loss/"
+_TOTAL = "total"
 # Colours that no plot uses; the page's CSS variables take their place in the SVG.
 _THEME = {"#010203": "var(--ink)", "#040506": "var(--muted)", "#070809": "var(--line)"}
 _INK, _MUTED, _LINE = _THEME
@@ -47,20 +51,20 @@ def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def loss_terms(metrics: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
-    """Return the series that are losses: ``loss`` and what is named ``loss/...`` or ``loss_...``."""
+    """Return the series named ``loss/...`` without that prefix, ``total`` first."""
     found = {
-        name: points
+        name.removeprefix(_PREFIX): points
         for name, points in metrics.items()
-        if re.match(r"loss(es)?($|[/._])", name) or name.endswith("_loss")
+        if name.startswith(_PREFIX)
     }
-    return dict(sorted(found.items(), key=lambda item: (item[0] != "loss", item[0])))
+    return dict(sorted(found.items(), key=lambda item: (item[0] != _TOTAL, item[0])))
 
 
 def curve_svg(series: Mapping[str, NDArray[np.float64]], label: str) -> str:
     """Return one small chart of several series against the step, as inline SVG."""
     import matplotlib
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.hashsalt": "dist-decoder",
         "svg.fonttype": "path",
         "font.size": 9,
@@ -82,13 +86,13 @@ def curve_svg(series: Mapping[str, NDArray[np.float64]], label: str) -> str:
         axes = figure.add_subplot()
         for position, (name, points) in enumerate(series.items()):
             finite = points[np.isfinite(points[:, 1])]
-            colour = _INK if name == "loss" else _COLOURS[position % len(_COLOURS)]
-            width = 2.0 if name == "loss" else 1.4
-            title = re.sub(r"^loss(es)?[/._]", "", name).replace("_", " ")
-            title = "all terms" if name == "loss" else title
+            colour = _INK if name == _TOTAL else _COLOURS[position % len(_COLOURS)]
+            width = 2.0 if name == _TOTAL else 1.4
+            title = name.replace("_", " ")
             axes.plot(finite[:, 0], finite[:, 1], color=colour, linewidth=width, label=title)
-        positive = all((points[:, 1] > 0).all() for points in series.values())
-        if positive and _ratio(list(series.values())) > 30:
+        values = np.concatenate([points[:, 1] for points in series.values()])
+        values = values[np.isfinite(values)]
+        if len(values) and values.min() > 0 and values.max() > 30 * values.min():
             axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.legend(loc="upper right", fontsize=7.5, frameon=False, ncols=2)
@@ -97,17 +101,12 @@ def curve_svg(series: Mapping[str, NDArray[np.float64]], label: str) -> str:
     return _as_inline(buffer.getvalue(), label)
 
 
-def _ratio(series: Sequence[NDArray[np.float64]]) -> float:
-    values = np.concatenate([points[:, 1] for points in series])
-    return float(values.max() / values.min())
-
-
 def _as_inline(svg: str, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     # Width and height come from the page; the view box keeps the proportions.
     head, _, body = svg.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    svg = f'{head} role="img" aria-label="{label}">{body}'
+    svg = f'{head} role="img" aria-label="{html.escape(label)}">{body}'
     for colour, variable in _THEME.items():
         svg = svg.replace(colour, variable)
     # Several charts share a page: element ids must differ.

@@ -5,7 +5,7 @@ Axes: N test trials of one subject, M pool (its distinct test images), C classes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +16,9 @@ from dist_decoder.eval.baseline import flatten
 from dist_decoder.eval.categories import (
     CATEGORY,
     CATEGORY_PROTOCOL,
+    Classes,
     category_chance,
     category_hits,
-    class_means,
     truth_matrix,
 )
 from dist_decoder.eval.queries import QueryTable, TableKey
@@ -43,15 +43,6 @@ class Bayes:
 
     value: float
     se: float
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Class means of one dataset's training targets."""
-
-    names: tuple[str, ...]
-    means: dict[str, NDArray[np.float32]]
-    """output -> (C, F)."""
 
 
 @dataclass(frozen=True)
@@ -86,67 +77,53 @@ def target_of(output: str) -> str:
 
 def make_trials(
     name: str,
-    image_uids_N: Sequence[str],
+    image_N: NDArray[np.integer],
+    uids_M: Sequence[str],
     trials_N: Sequence[str],
-    targets: dict[str, NDArray[np.floating]],
-    categories_N: Sequence[Sequence[str]],
+    targets: Mapping[str, NDArray[np.floating]],
+    categories_M: Sequence[Sequence[str]],
     *,
     holdout: bool = False,
     bayes: dict[str, Bayes] | None = None,
 ) -> SubjectTrials:
-    """Group the test trials of one subject (``dataset/subject``) by image.
+    """Return the test trials of one subject (``dataset/subject``) with a pool sorted by name.
 
     Args:
-        image_uids_N: what each trial showed, in the order of the recording.
+        image_N: which of the M images each trial showed; an image's trials in recording order.
+        uids_M: image_uid of each image.
         trials_N: identity of each trial.
-        targets: kind of target -> (N, ...) standardised target of each trial's image.
-        categories_N: categories of each trial's image.
+        targets: kind of target -> (M, ...) standardised target of each image.
+        categories_M: categories of each image.
         holdout: whether joint training never saw the subject.
         bayes: optimal scores by metric.
 
     Raises:
-        DataError: there are no trials, or fewer than two images.
+        DataError: fewer than two images, or an image is listed twice.
     """
-    pool, first_M, own_N = np.unique(
-        np.asarray(image_uids_N, dtype=np.str_), return_index=True, return_inverse=True
-    )
-    if len(pool) < 2:
-        raise DataError(f"{name} has {len(pool)} test images; retrieval needs at least two")
+    if len(uids_M) < 2:
+        raise DataError(f"{name} has {len(uids_M)} test images; retrieval needs at least two")
+    pool, order_M = np.unique(np.asarray(uids_M, dtype=np.str_), return_index=True)
+    if len(pool) != len(uids_M):
+        raise DataError(f"{name} lists {len(uids_M) - len(pool)} test images twice")
+    place_M = np.empty(len(pool), dtype=np.int64)
+    place_M[order_M] = np.arange(len(pool))
+    own_N = place_M[np.asarray(image_N)]
     dataset, _, subject = name.partition("/")
     return SubjectTrials(
         dataset=dataset,
         subject=subject,
         holdout=holdout,
         pool_M=tuple(pool.tolist()),
-        own_N=own_N.astype(np.int64),
+        own_N=own_N,
         repetition_N=repetitions_in_order(own_N),
         trials_N=np.asarray(trials_N, dtype=np.str_),
         targets={
-            kind: flatten(np.asarray(values)[first_M]).astype(np.float32)
+            kind: flatten(np.asarray(values)[order_M]).astype(np.float32)
             for kind, values in targets.items()
         },
-        categories_M=tuple(tuple(categories_N[row]) for row in first_M),
+        categories_M=tuple(tuple(categories_M[image]) for image in order_M),
         bayes=bayes or {},
     )
-
-
-def make_classes(
-    targets: dict[str, NDArray[np.floating]], categories_M: Sequence[Sequence[str]]
-) -> Classes | None:
-    """Return class means over distinct training images, or None without two classes.
-
-    Args:
-        targets: kind of target -> (M, ...) standardised.
-        categories_M: categories of each training image.
-    """
-    labelled = [row for row, categories in enumerate(categories_M) if categories]
-    names: tuple[str, ...] = ()
-    means = {}
-    for kind, values in targets.items():
-        names, means[kind] = class_means(
-            flatten(np.asarray(values))[labelled], [categories_M[row] for row in labelled]
-        )
-    return Classes(names, means) if len(names) >= 2 else None
 
 
 @dataclass(frozen=True)
@@ -166,7 +143,9 @@ def score(
     """Rank the predictions of an output; rows may be a part of the trials."""
     kind = target_of(output)
     pool_NM = cosine_scores(predictions_NF, trials.targets[kind])
-    class_NC = cosine_scores(predictions_NF, classes.means[kind]) if classes else None
+    class_NC = None
+    if classes is not None and kind in classes.means:
+        class_NC = cosine_scores(predictions_NF, classes.means[kind])
     return Scores(pool_NM, class_NC)
 
 
@@ -216,9 +195,7 @@ def shuffled_tables(
     """
     sums: dict[str, NDArray[np.float64]] = {}
     for draw in range(shuffles):
-        shuffled_N = shuffled_brains(
-            trials.own_N, trials.repetition_N, seed, trials.name, draw
-        )
+        shuffled_N = shuffled_brains(trials.own_N, trials.repetition_N, seed, trials.name, draw)
         for metric, values_N in _retrieval_values(trials, scores, shuffled_N).items():
             # A trial of the table stays with its own image: the values are those of the image
             # that it was given, hence the change back to the order of images.

@@ -128,9 +128,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         content = json.loads(path.read_text(encoding="utf-8"))
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise FormatError(f"{path} is not version {VERSION} of {FORMAT}; evaluate again")
-        settings = Settings(
-            content["confidence"], content["bootstrap"], content["bootstrap_seed"]
-        )
+        settings = Settings(content["confidence"], content["bootstrap"], content["bootstrap_seed"])
         return Evaluation(
             settings=settings,
             tables=tuple(unpack_tables(_read(folder / QUERIES_NAME), str(folder / QUERIES_NAME))),

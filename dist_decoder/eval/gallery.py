@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dist_decoder.errors import FormatError
 
@@ -69,6 +69,37 @@ def png_bytes(picture_HW3: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture_HW3).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def contact_sheet(
+    lines: Sequence[Sequence[NDArray[np.uint8] | None]],
+    labels: Sequence[str],
+    first_is_seen: bool,
+    side_px: int = PICTURE_PX,
+) -> NDArray[np.uint8]:
+    """Return one picture with a row of thumbnails per label.
+
+    Args:
+        lines: thumbnails of each row; None leaves a grey tile.
+        labels: text left of each row.
+        first_is_seen: set the first column (the image that was shown) apart.
+        side_px: side of a thumbnail.
+    """
+    gap, text, apart = 6, 150, 18 if first_is_seen else 0
+    columns = max(len(line) for line in lines)
+    width = text + columns * (side_px + gap) + apart + gap
+    sheet = Image.new("RGB", (width, len(lines) * (side_px + gap) + gap), (250, 250, 248))
+    draw = ImageDraw.Draw(sheet)
+    for row, (line, label) in enumerate(zip(lines, labels, strict=True)):
+        top = gap + row * (side_px + gap)
+        draw.text((gap, top + side_px // 2 - 6), label[:24], fill=(40, 45, 60))
+        for column, picture in enumerate(line):
+            left = text + column * (side_px + gap) + (apart if column else 0)
+            if picture is None:
+                draw.rectangle((left, top, left + side_px - 1, top + side_px - 1), (220, 220, 216))
+            else:
+                sheet.paste(Image.fromarray(picture), (left, top))
+    return np.asarray(sheet, dtype=np.uint8)
 
 
 def merge_galleries(galleries: Sequence[Gallery]) -> Gallery:

@@ -10,18 +10,18 @@ from dist_decoder.eval.categories import CATEGORY
 from dist_decoder.eval.gallery import Gallery, Retrieved, png_bytes
 from dist_decoder.eval.queries import MODELS, OUTPUTS
 from dist_decoder.eval.retrieval import BRAIN_TO_IMAGE, IMAGE_TO_BRAIN
-from dist_decoder.eval.summary import ALL
+from dist_decoder.eval.summary import ALL, BAYES
 
 Row = Mapping[str, Any]
 
 MODEL_LABELS = {
     "joint": ("joint", "one model for all datasets and subjects"),
     "single": ("single", "the same decoder, trained on this dataset alone"),
-    "ridge": ("ridge", "plain ridge per subject, same targets, same ranking"),
-    "shuffled": ("shuffled", "joint model, brains given to images at random"),
     "start": ("step 0", "adapted model before its first training step"),
     "adapted": ("adapted", "new subject on top of the joint model"),
     "scratch": ("scratch", "the same model and sessions, nothing transferred"),
+    "ridge": ("ridge", "plain ridge per subject, same targets, same ranking"),
+    "shuffled": ("shuffled", "joint model, brains given to images at random"),
 }
 METRIC_LABELS = {
     BRAIN_TO_IMAGE: ("Brain to image", "which image of the pool was seen?"),
@@ -127,9 +127,7 @@ def _round_up(value: float) -> float:
     return 1.0
 
 
-def _card(
-    dataset: str, rows: Sequence[Row], scale: float, holdout: bool
-) -> dict[str, Any] | None:
+def _card(dataset: str, rows: Sequence[Row], scale: float, holdout: bool) -> dict[str, Any] | None:
     own = [row for row in rows if row["dataset"] == dataset and bool(row["holdout"]) == holdout]
     if holdout:
         people = [row for row in own if row["subject"] != ALL]
@@ -236,6 +234,9 @@ def _forest(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _verdict(row: Row) -> str:
+    if row["b"] == BAYES:
+        # Below the optimum is where every decoder belongs; above it is the alarm.
+        return "below" if row["ci_low"] > 0 else "open"
     if row["ci_low"] > 0:
         return "above"
     return "below" if row["ci_high"] < 0 else "open"

@@ -18,13 +18,16 @@ from dist_decoder.stats.intervals import (
 )
 
 ALL = "all"
+BAYES = "bayes"
+STEP0 = "step 0"
+"""The adapted model before its first step, as a side of a comparison."""
 COMPARED = (
     ("joint", "ridge"),
     ("joint", "single"),
     ("single", "ridge"),
     ("adapted", "scratch"),
     ("adapted", "ridge"),
-    ("adapted", "adapted at step 0"),
+    ("adapted", STEP0),
 )
 METRICS = (BRAIN_TO_IMAGE, IMAGE_TO_BRAIN, "category_top1")
 
@@ -223,7 +226,7 @@ def _below_bayes(table: QueryTable, settings: Settings) -> dict[str, Any]:
     interval = difference_from_estimate(
         _interval(table, settings), table.bayes or 0.0, table.bayes_se, settings.confidence
     )
-    return _difference_row(table.key.model, "bayes", table.key, interval, paired=False)
+    return _difference_row(table.key.model, BAYES, table.key, interval, paired=False)
 
 
 def _difference_row(

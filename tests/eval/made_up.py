@@ -24,14 +24,14 @@ def made_up_trials(
     tokens_MTD = images.normal(size=(num_images, 3, 4))
     own_N = np.repeat(np.arange(num_images), repetitions)
     own_N = numpy_generator(seed, "made-up order", name).permutation(own_N)
-    uids = [f"{dataset}:{image:03d}" for image in own_N]
     score = {"brain_to_image_top1": Bayes(bayes, 0.01)} if bayes is not None else None
     return make_trials(
         name,
-        uids,
+        own_N,
+        [f"{dataset}:{image:03d}" for image in range(num_images)],
         [f"{trials}{trial}" for trial in range(len(own_N))],
-        {"pooled": pooled_MF[own_N], "tokens": tokens_MTD[own_N]},
-        [(f"class{image % 4}",) for image in own_N],
+        {"pooled": pooled_MF, "tokens": tokens_MTD},
+        [(f"class{image % 4}",) for image in range(num_images)],
         holdout=holdout,
         bayes=score,
     )

@@ -6,9 +6,9 @@ from made_up import made_up_tables, made_up_trials, predictions
 
 from dist_decoder.errors import DataError
 from dist_decoder.eval.baseline import fit_ridge_decoder
+from dist_decoder.eval.categories import ClassSums
 from dist_decoder.eval.evaluate import (
     join_scores,
-    make_classes,
     make_trials,
     score,
     shuffled_tables,
@@ -17,14 +17,15 @@ from dist_decoder.eval.evaluate import (
 from dist_decoder.rng import numpy_generator
 
 
-def test_trials_are_grouped_trials_by_image():
-    targets_NF = np.array([[2.0, 1], [1, 5], [2, 1], [0, 7]])
+def test_trials_are_ranked_against_the_sorted_distinct_images():
+    targets_MF = np.array([[2.0, 1], [1, 5], [0, 7]])
     found = make_trials(
         "nsd/subj01",
-        ["coco:9", "coco:10", "coco:9", "coco:2"],
+        np.array([0, 1, 0, 2]),
+        ["coco:9", "coco:10", "coco:2"],
         ["a", "b", "c", "d"],
-        {"pooled": targets_NF},
-        [("cat",), ("dog", "cat"), ("cat",), ()],
+        {"pooled": targets_MF},
+        [("cat",), ("dog", "cat"), ()],
     )
     assert found.pool_M == ("coco:10", "coco:2", "coco:9")
     assert found.own_N.tolist() == [2, 0, 2, 1]
@@ -32,8 +33,11 @@ def test_trials_are_grouped_trials_by_image():
     assert found.targets["pooled"].tolist() == [[1, 5], [0, 7], [2, 1]]
     assert found.categories_M == (("dog", "cat"), (), ("cat",))
     assert (found.dataset, found.subject) == ("nsd", "subj01")
+    one = np.zeros(1, int)
     with pytest.raises(DataError, match="at least two"):
-        make_trials("nsd/x", ["a"], ["0"], {"pooled": targets_NF[:1]}, [()])
+        make_trials("nsd/x", one, ["a"], ["0"], {"pooled": targets_MF[:1]}, [()])
+    with pytest.raises(DataError, match="twice"):
+        make_trials("nsd/x", one, ["a", "a"], ["0"], {"pooled": targets_MF[:2]}, [(), ()])
 
 
 def test_tables_name_trials_images_and_chance():
@@ -66,6 +70,12 @@ def test_scores_of_parts_are_joined_in_order():
     np.testing.assert_allclose(joined.class_NC, whole.class_NC, rtol=1e-5)
 
 
+def make_classes(targets, categories):
+    sums = ClassSums()
+    sums.add([f"image{row}" for row in range(len(categories))], targets, categories)
+    return sums.classes()
+
+
 def _categories(subject, classes, rows_NF):
     scores = score(subject, classes, "pooled", rows_NF)
     found = tables(subject, classes, scores, "joint", "pooled", 0)
@@ -87,7 +97,12 @@ def test_category_is_the_nearest_mean_of_training_targets():
     # The last image belongs to a class that was never trained: it cannot be asked.
     categories = [*(names[c] for c in test_N[:5]), ("yak",)]
     subject = make_trials(
-        "nsd/subj01", list("uvwxyz"), list("123456"), {"pooled": np.eye(6, 5) + 1}, categories
+        "nsd/subj01",
+        np.arange(6),
+        list("uvwxyz"),
+        list("123456"),
+        {"pooled": np.eye(6, 5) + 1},
+        categories,
     )
     answers = centres[[0, 1, 1, 2, 2, 2]]
     table = _categories(subject, classes, answers)
@@ -97,16 +112,30 @@ def test_category_is_the_nearest_mean_of_training_targets():
     assert table.pool == 3
 
 
+def test_an_image_counts_once_in_its_class_mean():
+    sums = ClassSums()
+    sums.add(["a", "a", "b"], {"pooled": np.array([[2.0], [2.0], [4.0]])}, [("x",)] * 3)
+    sums.add(["a", "c"], {"pooled": np.array([[2.0], [9.0]])}, [("x",), ("y",)])
+    assert sums.classes().means["pooled"].tolist() == [[3.0], [9.0]]
+
+
 def test_category_of_an_image_with_several_and_without_classes():
     classes = make_classes({"pooled": np.eye(3)}, [("ant",), ("bee",), ("cow",)])
     subject = make_trials(
-        "nsd/x", list("uv"), list("12"), {"pooled": np.eye(2, 3)}, [("ant", "bee"), ("cow",)]
+        "nsd/x",
+        np.arange(2),
+        list("uv"),
+        list("12"),
+        {"pooled": np.eye(2, 3)},
+        [("ant", "bee"), ("cow",)],
     )
     table = _categories(subject, classes, np.array([[0.0, 1, 0], [1, 0, 0]]))
     assert table.values_Q.tolist() == [1, 0]
     assert make_classes({"pooled": np.eye(2)}, [("ant",), ("ant",)]) is None
     assert make_classes({"pooled": np.eye(2)}, [(), ()]) is None
-    unknown = make_trials("nsd/x", list("uv"), list("12"), {"pooled": np.eye(2, 3)}, [(), ()])
+    unknown = make_trials(
+        "nsd/x", np.arange(2), list("uv"), list("12"), {"pooled": np.eye(2, 3)}, [(), ()]
+    )
     assert _categories(unknown, classes, np.eye(2, 3)) is None
 
 

@@ -74,7 +74,7 @@ def test_step_zero_stands_beside_the_adapted_score(summary):
     assert row["step0"] < row["value"]
     assert row["step0_ci_low"] <= row["step0"] <= row["step0_ci_high"]
     assert not any("step0" in row for row in summary.results if row["model"] != "adapted")
-    gain = _find(summary.comparisons, a="adapted", b="adapted at step 0", subject="all", **FORWARD)
+    gain = _find(summary.comparisons, a="adapted", b="step 0", subject="all", **FORWARD)
     assert gain["difference"] == pytest.approx(row["value"] - row["step0"])
 
 
