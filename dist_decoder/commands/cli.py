@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import typer
 
 from dist_decoder.config.commandline import add_verb, make_app, run_app, run_verb
+from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig, ReportConfig
 from dist_decoder.config.train import AdaptConfig, TrainConfig
 
 app = make_app("dist-decoder", "Train, adapt, predict with, and evaluate fMRI-to-image decoders.")
@@ -41,6 +42,34 @@ add_verb(
     "dist_decoder.commands.adapt:run",
     "Adapt a trained decoder to a new subject from little data.",
     render=_lazy_render("dist_decoder.commands.adapt:render"),
+)
+
+
+add_verb(
+    app,
+    "predict",
+    PredictConfig,
+    "dist_decoder.commands.predict:run",
+    "Turn betas, with or without images, into embeddings, tokens and retrieved images.",
+)
+add_verb(
+    app,
+    "evaluate",
+    EvaluateConfig,
+    "dist_decoder.commands.evaluate:run",
+    "Score models, the ridge baseline and a shuffled control on single test trials.",
+    render=_lazy_render("dist_decoder.commands.evaluate:render"),
+)
+add_verb(
+    app,
+    "report",
+    ReportConfig,
+    "dist_decoder.commands.report:run",
+    "Write report.json, report.md and report.html from evaluations.\n\n"
+    "Several evaluations are merged: folds of one dataset are pooled, other models stand side by "
+    "side. Exit code 1: a joint model is below min_top1.",
+    render=_lazy_render("dist_decoder.commands.report:render"),
+    failed=lambda result: bool(result["failures"]),
 )
 
 

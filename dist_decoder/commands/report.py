@@ -33,8 +33,3 @@ def render(result: dict[str, Any]) -> str:
     lines += [f"warning: {text}" for text in result["warnings"]]
     lines += [f"failed: {text}" for text in result["failures"]]
     return "\n".join(lines)
-
-
-def failed(result: dict[str, Any]) -> bool:
-    """Return whether the exit code is 1."""
-    return bool(result["failures"])
