@@ -15,6 +15,7 @@ import torch
 from dist_decoder import dist
 from dist_decoder.config.train import AdaptConfig, LossConfig, SourcesConfig
 from dist_decoder.data.loader import Loader
+from dist_decoder.data.samples import TargetName
 from dist_decoder.data.sources import choose_subjects
 from dist_decoder.data.targets import TargetStatistics, read_targets
 from dist_decoder.dist import World, run_on_first
@@ -178,8 +179,16 @@ def _job(
     decoder = _start_model(config, document, data, base, folder, world)
     loss = config.loss or LossConfig.model_validate(base.config["loss"])
 
-    def batches(start_step: int) -> Loader:
-        return Loader(data, config.seed, world.rank, world.size, start_step, allow_holdout=True)
+    def batches(start_step: int, needed: tuple[TargetName, ...]) -> Loader:
+        return Loader(
+            data,
+            config.seed,
+            world.rank,
+            world.size,
+            start_step,
+            allow_holdout=True,
+            targets=needed,
+        )
 
     return Job(
         folder=folder,

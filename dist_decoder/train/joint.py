@@ -10,6 +10,7 @@ import torch
 from dist_decoder import dist
 from dist_decoder.config.train import TrainConfig
 from dist_decoder.data.loader import Loader
+from dist_decoder.data.samples import TargetName
 from dist_decoder.data.sources import choose_subjects
 from dist_decoder.data.targets import read_targets
 from dist_decoder.dist import World, run_on_first
@@ -109,8 +110,8 @@ def _job(config: TrainConfig, world: World) -> Job:
         ema=config.optim.ema_decay > 0,
     )
 
-    def batches(start_step: int) -> Loader:
-        return Loader(config.data, config.seed, world.rank, world.size, start_step)
+    def batches(start_step: int, needed: tuple[TargetName, ...]) -> Loader:
+        return Loader(config.data, config.seed, world.rank, world.size, start_step, targets=needed)
 
     return Job(
         folder=config.run,

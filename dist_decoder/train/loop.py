@@ -7,10 +7,11 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,6 +25,7 @@ from dist_decoder.config.train import (
     SourcesConfig,
 )
 from dist_decoder.data.order import own_positions
+from dist_decoder.data.samples import TargetName
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.dist import World, any_rank, broadcast_object, sum_over_ranks
 from dist_decoder.errors import CheckpointError, StoppedError, TrainingError
@@ -48,8 +50,17 @@ from dist_decoder.train.step import Plan, compute_losses
 
 _START_SCORES = "validation.json"
 
-Batches = Callable[[int], Iterable[Batch]]
-"""Start step -> batches of this rank from that step on, without end."""
+
+class BatchSource(Protocol):
+    """Batches of this rank, without end."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def close(self) -> None: ...
+
+
+Batches = Callable[[int, tuple[TargetName, ...]], BatchSource]
+"""(start step, targets that the losses need) -> batches of this rank from that step on."""
 Validation = Callable[[Decoder], dict[str, float]]
 
 
@@ -110,6 +121,7 @@ class _Run:
             raise TrainingError(
                 "every loss term is switched off or has no output: nothing to learn"
             )
+        self.needed: tuple[TargetName, ...] = tuple(sorted({term.target for term in self.terms}))
         counts = (
             len(own_positions(job.data.batch_size, rank, world.size)) for rank in range(world.size)
         )
@@ -138,12 +150,16 @@ class _Run:
         first = self.world.is_first
         scores: dict[str, float] = {}
         losses: dict[str, float] = {}
-        with Logs(job.folder, job.log, steps, self.step, first, label=job.label) as logs:
+        with ExitStack() as held:
+            logs = held.enter_context(
+                Logs(job.folder, job.log, steps, self.step, first, label=job.label)
+            )
             self._announce(logs)
             if job.keep_start and self.step == 0:
                 self._keep_start(logs)
             clock = _Clock(job.data.batch_size)
-            for batch in job.batches(self.step) if self.step < steps else ():
+            source = held.enter_context(closing(job.batches(self.step, self.needed)))
+            for batch in source if self.step < steps else ():
                 norm, result = self._update(batch.to(self.world.device))
                 clock.count(batch.wait_s)
                 self.step += 1
