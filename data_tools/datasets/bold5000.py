@@ -183,8 +183,12 @@ class BOLD5000Reader:
         return tuple(findings)
 
     @cached_property
+    def _stimulus_root(self) -> Path:
+        return lists.stimulus_root(self.config.path)
+
+    @cached_property
     def _repeated(self) -> frozenset[str]:
-        path = lists.stimulus_root(self.config.path) / REPEATED_LIST
+        path = self._stimulus_root / REPEATED_LIST
         names = read_lines(path, lists.DOWNLOAD)
         return frozenset(lists.plain_name(name) for name in names)
 
@@ -203,7 +207,7 @@ class BOLD5000Reader:
     @cached_property
     def _words(self) -> dict[str, str]:
         """Synset -> words, where the label file is there."""
-        path = lists.stimulus_root(self.config.path) / "Image_Labels/imagenet_final_labels.txt"
+        path = self._stimulus_root / "Image_Labels/imagenet_final_labels.txt"
         if not path.is_file():
             return {}
         pairs = (line.partition(" ") for line in read_lines(path, lists.DOWNLOAD))
@@ -227,7 +231,7 @@ class BOLD5000Reader:
     def _image_path(self, name: str) -> Path:
         kind = uid_of_bold5000_name(name).partition(":")[0]
         folder = {"coco": "COCO", "imagenet": "ImageNet", "scene": "Scene"}[kind]
-        presented = lists.stimulus_root(self.config.path) / "Scene_Stimuli/Presented_Stimuli"
+        presented = self._stimulus_root / "Scene_Stimuli/Presented_Stimuli"
         return presented / folder / name
 
     def _presentation(self, subject: str) -> lists.Presentation:
