@@ -43,7 +43,7 @@ class SubjectQuality:
     dead_S: NDArray[np.int64]
     """Voxels with one constant value in the session."""
     shift_S: NDArray[np.float64]
-    """Root mean square over voxels of (session mean - mean of session means) / session SD."""
+    """Root mean square over voxels of (session mean - median of session means) / session SD."""
     global_mean_N: NDArray[np.float32]
     """Mean over voxels of each trial after z-scoring voxels within the session."""
     rms_N: NDArray[np.float32]
@@ -149,8 +149,12 @@ def _sessions(
             global_mean_N[rows] = z_NV.mean(axis=1)
             rms_N[rows] = np.sqrt((z_NV**2).mean(axis=1))
     live_SV = std_SV > 0
-    shift_SV = np.where(live_SV, mean_SV, np.nan) - _nan_mean(np.where(live_SV, mean_SV, np.nan))
-    shift_SV = shift_SV / np.where(live_SV, std_SV, np.nan)
+    mean_SV[~live_SV] = np.nan
+    usual_V = np.full(num_voxels, np.nan)
+    known_V = live_SV.any(axis=0)
+    # The median: one session that is off must not make the others look shifted.
+    usual_V[known_V] = np.nanmedian(mean_SV[:, known_V], axis=0)
+    shift_SV = (mean_SV - usual_V) / np.where(live_SV, std_SV, np.nan)
     return {
         "trials_S": np.array([(trials["session"] == session).sum() for session in order]),
         "mean_S": _nan_mean(mean_SV.T),

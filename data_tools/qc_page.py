@@ -102,8 +102,8 @@ def render_page(quality: SubjectQuality, flags: Sequence[str]) -> str:
         ),
         figure=_figure(quality),
         caption=(
-            "Shift: how far voxel means of a session lie from their mean over sessions, in SDs of "
-            "the session. Global signal: mean over voxels after z-scoring within the session; a "
+            "Shift: how far voxel means of a session lie from their median over sessions, in SDs "
+            "of the session. Global signal: mean over voxels after z-scoring within the session; a "
             "slope is drift, a spike is a bad trial."
         ),
         reliability=_reliability_rows(quality),

@@ -17,7 +17,7 @@ from data_tools.store import Store
 from dist_decoder.config.data import DataConfig, EncoderConfig
 from dist_decoder.encoders import open_encoder
 from dist_decoder.encoders.protocol import Encoded, Picture
-from dist_decoder.errors import DataError, FormatError
+from dist_decoder.errors import DataError, FormatError, StorageError
 
 NUM_IMAGES = 29
 
@@ -203,6 +203,35 @@ def test_values_that_are_not_finite_name_the_stimulus(
     monkeypatch.setattr(encoder, "encode_images", overflowing)
     with pytest.raises(DataError, match="tokens of nsd, stimulus 'n4'"):
         embed(config)
+
+
+def test_a_full_disk_is_named_and_a_second_call_finishes(
+    tmp_path: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.embedding_store._UNIT_BYTES", 1)
+    config = make_store(tmp_path)
+    ballast = full_disk / "ballast"
+    ballast.write_bytes(bytes(24_000))
+    (config.store / "embeddings").symlink_to(full_disk)
+    wide = config.model_copy(update={"embed": EncoderConfig(kind="pixels", grid=20)})
+    with pytest.raises(StorageError, match="no space left"):
+        embed(wide)
+    with pytest.raises(FormatError, match="incomplete"):
+        EmbeddingStore.open(config.store, "pixels-20x20")
+    subprocess.run(["mount", "-o", "remount,size=4m", str(full_disk)], check=True)
+    embed(wide)
+    assert len(EmbeddingStore.open(config.store, "pixels-20x20").uids) == NUM_IMAGES
+
+
+def test_embedding_pixels_needs_no_torch() -> None:
+    code = (
+        "import sys, data_tools.embed; from dist_decoder.encoders import open_encoder\n"
+        "from dist_decoder.config.data import EncoderConfig\n"
+        "open_encoder(EncoderConfig(kind='labels')).encode_labels([['a']])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_dataset_without_images_needs_labels(tmp_path: Path) -> None:

@@ -14,17 +14,20 @@ import data_tools.synthesise as module
 from data_tools.datasets.protocol import Stimulus
 from data_tools.embed import embed
 from data_tools.embedding_store import EmbeddingStore
+from data_tools.fabricate.world import World
 from data_tools.splits import read_split, split
 from data_tools.store import Store
 from data_tools.synthesise import draw_noise, read_synthetic, synthesise
 from dist_decoder.config.data import (
     DataConfig,
     EncoderConfig,
+    FabricateConfig,
     HoldoutConfig,
     SplitConfig,
     SynthesiseConfig,
 )
 from dist_decoder.errors import DataError, FormatError
+from dist_decoder.stats.ridge import fit_ridge_cv
 
 NUM_IMAGES = 330
 SHARED = 30
@@ -107,6 +110,31 @@ def test_residual_sd_is_the_noise_of_the_world(output: Path) -> None:
         truth_V = sigma_V / total_std(store, name)
         assert_allclose(made.residual_std_V, truth_V, rtol=0.1)
         assert made.responses_nV.shape == (40, VOXELS[name])
+
+
+def test_residual_sd_in_the_fabricated_world() -> None:
+    # There the truth is what no linear encoding model can explain: private and shared noise, and
+    # the part of the warped latents that is not linear in the embedding.
+    world = World(FabricateConfig(), seed=3)
+    subject = world.subject("nsd/subj01", 60)
+    generator = np.random.default_rng(0)
+    many_Nd = generator.normal(size=(100_000, 10))
+    many_Nd *= np.sqrt(10) / np.linalg.norm(many_Nd, axis=1, keepdims=True)
+    seen_Nd = world.warp(many_Nd + world.config.tau * generator.normal(size=many_Nd.shape))
+    left_Nd = seen_Nd - many_Nd @ np.linalg.lstsq(many_Nd, seen_Nd)[0]
+    unexplained_dd = left_Nd.T @ left_Nd / len(left_Nd)
+    weights_Vd = subject.weights_Vd
+    truth_V = np.sqrt(
+        np.einsum("vd,de,ve->v", weights_Vd, unexplained_dd, weights_Vd) + subject.sigma_V**2
+    )
+    z_Nd = many_Nd[np.repeat(np.arange(900), 3)]
+    fit = fit_ridge_cv(
+        world.embed(z_Nd),
+        subject.respond(z_Nd, generator),
+        groups_N=np.repeat(np.arange(900), 3),
+        per_target=True,
+    )
+    assert_allclose(fit.residual_std_Q, truth_V, rtol=0.1)
 
 
 def test_rows_are_prediction_plus_signed_noise(output: Path) -> None:
