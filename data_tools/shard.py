@@ -8,7 +8,6 @@ Axes: R rows of one image and subject, V voxels of one subject.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.embedding_store import EmbeddingStore
+from data_tools.shard_folder import Journal, finished_manifest, remove_others
 from data_tools.shard_sources import Source, measured_sources, source_samples, synthetic_sources
 from data_tools.splits import Split, count_images, read_split, verify_split
 from data_tools.store import Store
@@ -35,23 +35,19 @@ from dist_decoder.formats import (
     TARGETS_NAME,
     EncoderEntry,
     Manifest,
-    ShardEntry,
     SourceEntry,
     SplitEntry,
     SubjectEntry,
 )
-from dist_decoder.manifest import encode_npz, index_name, manifest_fingerprint, read_manifest
+from dist_decoder.manifest import encode_npz, manifest_fingerprint
 from dist_decoder.manifest import write_manifest as write_last
 from dist_decoder.storage import (
     LocalStorage,
     atomic_write_bytes,
-    atomic_write_json,
     exclusive,
     sha256_bytes,
-    sha256_file,
 )
 
-_JOURNAL = "unfinished.json"
 _RECIPE_VERSION = 1
 """Raised when the same input would give other bytes."""
 
@@ -82,14 +78,14 @@ def shard(config: DataConfig) -> dict[str, Any]:
     plan = _make_plan(config)
     folder = config.shards
     with exclusive(folder, "shard"):
-        finished = _finished(folder, plan.recipe)
+        finished = finished_manifest(folder, plan.recipe)
         if finished is not None:
             return _summary(finished, written=0, dead={})
-        journal = _Journal(folder, plan.recipe)
+        journal = Journal(folder, plan.recipe)
         # From here on the folder changes: it must not look whole.
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
         manifest, dead = _write_everything(plan, folder, journal)
-        _remove_others(folder, manifest)
+        remove_others(folder, manifest)
         write_last(LocalStorage(folder), manifest)
         journal.remove()
     return _summary(manifest, journal.written, dead)
@@ -142,7 +138,7 @@ def _inputs(
 
 
 def _write_everything(
-    plan: _Plan, folder: Path, journal: _Journal
+    plan: _Plan, folder: Path, journal: Journal
 ) -> tuple[Manifest, dict[str, int]]:
     files: dict[str, str] = {}
     sources: list[SourceEntry] = []
@@ -223,7 +219,7 @@ def _write_subject(
 
 
 def _write_source(
-    plan: _Plan, folder: Path, source: Source, journal: _Journal, counter: Progress
+    plan: _Plan, folder: Path, source: Source, journal: Journal, counter: Progress
 ) -> SourceEntry:
     size = plan.config.shard.samples_per_shard
     shards = []
@@ -245,72 +241,6 @@ def _write_source(
         num_images=len(source.images),
         rows=source.row_counts(),
     )
-
-
-class _Journal:
-    """Names the tars that are finished, until the manifest does."""
-
-    def __init__(self, folder: Path, recipe: str) -> None:
-        self._folder = folder
-        self._path = folder / _JOURNAL
-        self._recipe = recipe
-        self._done: dict[str, Any] = {}
-        self.written = 0
-        if self._path.is_file():
-            try:
-                held = json.loads(self._path.read_bytes())
-            except ValueError as error:
-                raise DataError(f"{self._path} is damaged ({error}); remove it") from error
-            if held["recipe"] == recipe:
-                self._done = held["shards"]
-
-    def intact(self, name: str) -> ShardEntry | None:
-        """Return a tar that an earlier call finished, if its bytes are still those."""
-        if name not in self._done:
-            return None
-        entry = ShardEntry.model_validate(self._done[name])
-        return entry if _is_intact(self._folder, entry) else None
-
-    def add(self, entry: ShardEntry) -> None:
-        """Name a tar as finished."""
-        self.written += 1
-        self._done[entry.name] = entry.model_dump(mode="json")
-        atomic_write_json(self._path, {"recipe": self._recipe, "shards": self._done})
-
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-
-def _is_intact(folder: Path, entry: ShardEntry) -> bool:
-    files = ((entry.name, entry.sha256), (index_name(entry.name), entry.index_sha256))
-    return all(
-        (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in files
-    )
-
-
-def _finished(folder: Path, recipe: str) -> Manifest | None:
-    """Return the manifest of a complete folder of this recipe."""
-    if not (folder / MANIFEST_NAME).is_file():
-        return None
-    manifest = read_manifest(LocalStorage(folder))
-    if manifest.produced_by.get("recipe") != recipe:
-        return None
-    intact = all(_is_intact(folder, entry) for one in manifest.sources for entry in one.shards)
-    files = all(
-        (folder / name).is_file() and sha256_file(folder / name) == digest
-        for name, digest in manifest.files.items()
-    )
-    return manifest if intact and files else None
-
-
-def _remove_others(folder: Path, manifest: Manifest) -> None:
-    """Remove tars, indexes and statistics of an earlier recipe, and partial files."""
-    tars = [entry.name for one in manifest.sources for entry in one.shards]
-    keep = {*tars, *map(index_name, tars), *manifest.files}
-    for pattern in ("*.tar", "*.index.json", "statistics/*.npz", ".*.partial"):
-        for path in folder.glob(pattern):
-            if path.relative_to(folder).as_posix() not in keep:
-                path.unlink()
 
 
 def _write_file(folder: Path, name: str, data: bytes, files: dict[str, str]) -> None:
