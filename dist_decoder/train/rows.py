@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 from dist_decoder.config.train import SourcesConfig
 from dist_decoder.data.rows import SubjectRows, read_rows
+from dist_decoder.formats import SplitName
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.train.validate import validate
 
 
 def subject_rows(
-    data: SourcesConfig, split: str, allow_holdout: bool = False
+    data: SourcesConfig, split: SplitName, allow_holdout: bool = False
 ) -> Callable[[str], SubjectRows]:
-    """Return a function that reads one subject's measured rows of a split."""
+    """Return a function that reads one subject's measured rows of a split, without tokens."""
 
     def read(subject: str) -> SubjectRows:
         rows = read_rows(
@@ -22,6 +23,7 @@ def subject_rows(
             subjects=(subject,),
             max_sessions=data.max_sessions,
             allow_holdout=allow_holdout,
+            tokens=False,
         )
         return rows[subject]
 

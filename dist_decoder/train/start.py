@@ -29,15 +29,15 @@ def fit_start(rows: SubjectRows, start: Start) -> tuple[NDArray[np.float32], NDA
     """Return (weight_EV, bias_E) that maps voxels to the standardised pooled embedding.
 
     Args:
-        rows: training rows of one subject; pooled_NE standardised.
+        rows: training rows of one subject.
         start: ``encoding_inverse`` or ``decoding_ridge``.
     """
     if start == "encoding_inverse":
         weight_EV, bias_E = encoding_inverse(
-            rows.pooled_NE, rows.voxels_NV, groups_N=rows.image_uids
+            rows.standard_pooled_NE, rows.voxels_NV, groups_N=rows.image_N
         )
     else:
-        fit = fit_ridge_cv(rows.voxels_NV, rows.pooled_NE, groups_N=rows.image_uids)
+        fit = fit_ridge_cv(rows.voxels_NV, rows.standard_pooled_NE, groups_N=rows.image_N)
         weight_EV, bias_E = np.einsum("ve->ev", fit.weights_PQ), fit.intercept_Q
     return weight_EV.astype(np.float32), bias_E.astype(np.float32)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_decoder.data.rows import SubjectRows
@@ -20,18 +21,17 @@ ValidationRows = Mapping[str, SubjectRows]
 
 
 def brain_to_image_top1(
-    predicted_NF: Tensor, target_NF: Tensor, image_uids: tuple[str, ...]
+    predicted_NF: Tensor, target_MF: Tensor, image_N: NDArray[np.int64]
 ) -> float:
     """Return the share of rows whose own image is the most similar of the distinct images.
 
     Args:
         predicted_NF: predictions of single trials.
-        target_NF: target of each trial's image.
-        image_uids: image of each trial.
+        target_MF: target of each distinct image.
+        image_N: image of each trial, 0..M-1.
     """
-    _, first_M, image_N = np.unique(np.asarray(image_uids), return_index=True, return_inverse=True)
-    scores_NM = cosine_similarity(predicted_NF, target_NF[torch.from_numpy(first_M)])
-    hits_N = scores_NM.argmax(dim=1) == torch.from_numpy(image_N.reshape(-1))
+    scores_NM = cosine_similarity(predicted_NF, target_MF)
+    hits_N = scores_NM.argmax(dim=1) == torch.from_numpy(image_N)
     return float(hits_N.float().mean())
 
 
@@ -40,23 +40,22 @@ def validate(decoder: Decoder, rows: ValidationRows) -> dict[str, float]:
 
     Args:
         decoder: in its present state; dropout and noise are off whatever its mode is.
-        rows: per subject, targets standardised.
+        rows: per subject.
     """
     found: dict[str, list[float]] = {}
     for subject, own in rows.items():
-        if not len(own.image_uids):
+        if not own.num_rows:
             continue
-        prediction = decoder.predict(torch.from_numpy(own.voxels_NV).float(), subject)
+        prediction = decoder.predict(torch.from_numpy(own.voxels_NV), subject)
         pairs = {
-            "pooled": (prediction.pooled_BE, own.pooled_NE),
-            "tokens": (prediction.retrieval_BTD, own.tokens_NTD),
+            "pooled": (prediction.pooled_BE, own.standard_pooled_ME),
+            "tokens": (prediction.retrieval_BTD, own.standard_tokens_MTD),
         }
         for output, (predicted, target) in pairs.items():
             if predicted is None or target is None:
                 continue
-            score = brain_to_image_top1(
-                predicted.flatten(1), torch.from_numpy(target).flatten(1), tuple(own.image_uids)
-            )
+            flat_MF = torch.from_numpy(target).flatten(1)
+            score = brain_to_image_top1(predicted.flatten(1), flat_MF, own.image_N)
             key = f"validation/{subject.partition('/')[0]}/{output}_top1"
             found.setdefault(key, []).append(score)
     return {key: float(np.mean(values)) for key, values in sorted(found.items())}
