@@ -1,10 +1,18 @@
-"""Fixtures for the tests of every room."""
+"""Fixtures for the tests of every room.
 
+The torchvision shim is not applied here: that would hide a module that forgets to.
+"""
+
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before numpy or torch is imported: two ranks on two cores, and sums in a fixed order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture
