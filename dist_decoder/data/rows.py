@@ -123,7 +123,7 @@ def read_rows(
     datasets: Sequence[str] | None = None,
     allow_holdout: bool = False,
     kind: Kind = "measured",
-    targets: Sequence[TargetName] = ("pooled", "tokens"),
+    tokens: bool = True,
 ) -> dict[str, SubjectRows]:
     """Return all rows of a split by dataset/subject, sorted by shard, sample and row.
 
@@ -136,14 +136,14 @@ def read_rows(
         allow_holdout: accept held-out subjects that are named. The splits ``test`` and
             ``imagery`` need no permission: nothing is trained on them.
         kind: measured or synthetic rows.
-        targets: which targets are read.
+        tokens: read the tokens too.
 
     Raises:
         ConfigError: an unknown or held-out subject, or an unknown dataset.
         DataError: shards are missing or damaged, or a named subject has no rows.
     """
     found = iterate_rows(
-        shards, split, subjects, max_sessions, datasets, allow_holdout, kind, targets
+        shards, split, subjects, max_sessions, datasets, allow_holdout, kind, tokens
     )
     return {rows.subject: rows for rows in found}
 
@@ -156,7 +156,7 @@ def iterate_rows(
     datasets: Sequence[str] | None = None,
     allow_holdout: bool = False,
     kind: Kind = "measured",
-    targets: Sequence[TargetName] = ("pooled", "tokens"),
+    tokens: bool = True,
 ) -> Iterator[SubjectRows]:
     """Yield what ``read_rows`` returns, one subject in memory at a time."""
     storage = open_location(shards)
@@ -168,6 +168,7 @@ def iterate_rows(
     selection = select(
         manifest, indexes, chosen, (split,), (kind,), max_sessions, explicit=subjects is not None
     )
+    targets: tuple[TargetName, ...] = ("pooled", "tokens") if tokens else ("pooled",)
     for source in selection.sources:
         members = Members(
             selection.shards, [source], manifest, statistics, targets, TarReader(storage)
@@ -202,14 +203,13 @@ def _subject_rows(source: Source, members: Members, statistics: TargetStatistics
     at = [(members.shards[shard], sample) for shard, sample in pairs_M2.tolist()]
     rows_N = list(zip(image_N.tolist(), source.row_N.tolist(), strict=True))
     names_M = [f"{shard.entry.name}:{shard.index.samples[sample].key}" for shard, sample in at]
-    empty_ME = np.empty((len(at), 0), np.float32)
     return SubjectRows(
         subject=source.subject,
         voxels_NV=voxels_NV,
         image_N=image_N,
         uids_M=tuple(shard.index.samples[sample].image_uid for shard, sample in at),
         categories_M=tuple(categories_M),
-        pooled_ME=np.stack(targets[POOLED]).astype(np.float32) if POOLED in targets else empty_ME,
+        pooled_ME=np.stack(targets[POOLED]).astype(np.float32),
         tokens_MTD=np.stack(targets[TOKENS]) if TOKENS in targets else None,
         infos_N=tuple(infos_M[image][row] for image, row in rows_N),
         keys=tuple(f"{names_M[image]}:{row}" for image, row in rows_N),

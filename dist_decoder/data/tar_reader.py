@@ -53,7 +53,7 @@ class TarReader:
         """
         places = {item: self._place(shard, item) for item in wanted}
         try:
-            if 2 * sum(size for _, size in places.values()) >= shard.index.tar_bytes:
+            if 2 * sum(_in_blocks(size) for _, size in places.values()) >= shard.index.tar_bytes:
                 whole = self._whole(shard)
                 return {item: _cut(shard, item, whole, 0, *at) for item, at in places.items()}
             found = {}
@@ -109,6 +109,11 @@ class TarReader:
                 files.popitem(last=False)[1].close()
         files.move_to_end(name)
         return files[name].fileno()
+
+
+def _in_blocks(size: int) -> int:
+    """Return what a member takes in a tar: its header and its data, in blocks of 512 bytes."""
+    return HEADER_BYTES + -(-size // HEADER_BYTES) * HEADER_BYTES
 
 
 def _joined(
