@@ -107,10 +107,11 @@ def _write_source(
                     f"{prefix}{dataset}-{split}-{kind[0]}{image:03d}",
                     f"{dataset}{split}:{image}",
                 )
-                made.pooled[uid] = rng.normal(size=POOLED_DIM).astype(np.float16)
+                # Synthetic rows show images that measured rows show too.
+                made.pooled.setdefault(uid, rng.normal(size=POOLED_DIM).astype(np.float16))
                 members = {"pooled.npy": made.pooled[uid]}
                 if tokens:
-                    made.tokens[uid] = rng.normal(size=TOKEN_SHAPE).astype(np.float16)
+                    made.tokens.setdefault(uid, rng.normal(size=TOKEN_SHAPE).astype(np.float16))
                     members["tokens.npy"] = made.tokens[uid]
                 infos: dict[str, list[dict[str, int]]] = {}
                 for place, subject in enumerate(subjects):
