@@ -15,7 +15,6 @@ image belongs to a public set (``coco:123``), so that it is recognised across da
 
 from __future__ import annotations
 
-import difflib
 import re
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from data_tools.datasets.custom_table import DOCS, read_trial_table
 from data_tools.datasets.identity import local_uid
 from data_tools.datasets.options import read_options
 from data_tools.datasets.protocol import TRIAL_COLUMNS, Facts, Finding, Stimulus, VoxelTable
@@ -32,11 +32,9 @@ from data_tools.datasets.raw_files import (
     check_finite,
     chosen_subjects,
     files_fingerprint,
-    integer_column,
     lazily,
     load_npy,
     load_npz,
-    load_table,
     read_image,
     repetitions,
     require_file,
@@ -53,11 +51,7 @@ from dist_decoder.config.base import Section
 from dist_decoder.config.data import DatasetConfig
 from dist_decoder.errors import DataError
 
-REQUIRED = ("trial", "session", "run", "stimulus_id")
-OPTIONAL = ("image", "category", "split", "image_uid")
-SPLITS = ("train", "test", "imagery", "")
 _BETAS = re.compile(r"betas_session(\d+)\.(npy|npz|nii|nii\.gz)$")
-_DOCS = "see docs/own-scans.md"
 
 
 class CustomOptions(Section):
@@ -200,26 +194,7 @@ class CustomReader:
         return table
 
     def _read_table(self, subject: str) -> pd.DataFrame:
-        path = self._table_path(subject)
-        table = load_table(path, REQUIRED, _DOCS)
-        _refuse_misspelt_columns(table, path)
-        for column in OPTIONAL:
-            if column not in table.columns:
-                table[column] = ""
-        table = table[[*REQUIRED, *OPTIONAL]].apply(lambda cells: cells.str.strip())
-        for column in ("trial", "session", "run"):
-            table[column] = integer_column(table, column, path)
-        _check_rows(table, path)
-        table = table.sort_values(["session", "trial"], kind="stable")
-        for session, rows in table.groupby("session"):
-            numbers = rows["trial"].to_numpy()
-            wrong = np.flatnonzero(np.diff(numbers) != 1)
-            if wrong.size:
-                raise DataError(
-                    f"{path}: in session {session} trial {numbers[wrong[0]]} is followed by "
-                    f"{numbers[wrong[0] + 1]}; trials count the rows of the session's betas "
-                    "without gaps or repeats (do not restart in each run)"
-                )
+        table = read_trial_table(self._table_path(subject))
         if self.config.max_sessions is not None:
             table = table[table["session"] <= self.config.max_sessions]
         table = table.reset_index(drop=True)
@@ -247,7 +222,7 @@ class CustomReader:
             raise DataError(
                 f"{self._table_path(subject)} has trials of session {session}, but there is no "
                 f"betas_session{session:02d}.npy, .npz or .nii.gz in {self._folder(subject)}; "
-                f"{_DOCS}"
+                f"{DOCS}"
             )
         return files[session]
 
@@ -274,7 +249,7 @@ class CustomReader:
         if array.ndim != 2 or array.dtype.kind not in "fiu":
             raise DataError(
                 f"{path}: betas are {array.dtype} of shape {array.shape}, expected numbers of "
-                f"shape (trials, voxels); {_DOCS}"
+                f"shape (trials, voxels); {DOCS}"
             )
         return array.shape[0], array.shape[1]
 
@@ -282,7 +257,7 @@ class CustomReader:
         rows, columns = self._shape(subject, session)
         path = self._betas_path(subject, session)
         if rows != num_trials:
-            turned = f"; it looks transposed: {_DOCS}" if columns == num_trials else ""
+            turned = f"; it looks transposed: {DOCS}" if columns == num_trials else ""
             raise DataError(
                 f"{path} has {rows} rows, {self._table_path(subject).name} has {num_trials} "
                 f"trials of session {session}{turned}"
@@ -307,7 +282,7 @@ class CustomReader:
     def _mask(self, subject: str) -> NDArray[np.bool_]:
         def read() -> NDArray[np.bool_]:
             path = require_file(
-                self._mask_path(subject), f".nii betas need a mask of their voxels; {_DOCS}"
+                self._mask_path(subject), f".nii betas need a mask of their voxels; {DOCS}"
             )
             mask = check_label_volume(read_volume(path), path) > 0
             if not mask.any():
@@ -365,42 +340,3 @@ class CustomReader:
         names = [choice.name for choice in parse_roi(self.config.roi)]
         masks = self._roi_masks(subject)
         return np.flatnonzero(union_of_masks(masks, names, f"{self.name}/{subject}"))
-
-
-def _refuse_misspelt_columns(table: pd.DataFrame, path: Path) -> None:
-    """Other columns may be there, but not one that was meant to be one of ours."""
-    known = (*REQUIRED, *OPTIONAL)
-    for column in table.columns:
-        if column not in known:
-            near = difflib.get_close_matches(str(column).lower(), known, n=1, cutoff=0.8)
-            if near and near[0] not in table.columns:
-                raise DataError(f"{path}: column {column!r} is unknown; did you mean {near[0]!r}?")
-
-
-def _check_rows(table: pd.DataFrame, path: Path) -> None:
-    """Refuse rows that contradict the rules of the table; lines count from 1 with the header."""
-
-    def refuse(wrong: pd.Series, message: str) -> None:
-        if wrong.any():
-            line = int(np.flatnonzero(wrong.to_numpy())[0]) + 2
-            raise DataError(f"{path} line {line}: {message}")
-
-    if table.empty:
-        raise DataError(f"{path} has no rows; {_DOCS}")
-    refuse(table["stimulus_id"] == "", "stimulus_id is empty")
-    refuse(table["session"] < 1, "sessions count from 1")
-    refuse(table["run"] < 1, "runs count from 1")
-    refuse(~table["split"].isin(SPLITS), "split is none of train, test, imagery and empty")
-    refuse(
-        (table["image"] == "") & (table["category"] == ""),
-        "neither image nor category; a stimulus needs one of them",
-    )
-    some_images = (table["image"] != "").any()
-    refuse((table["image"] == "") & some_images, "image is empty, but other rows have one")
-    for column in ("image", "category", "image_uid"):
-        varied = table.groupby("stimulus_id")[column].transform("nunique") > 1
-        refuse(varied, f"this stimulus_id has another {column} in another row")
-    varied = table.groupby("stimulus_id")["split"].transform(
-        lambda cells: len({cell == "test" for cell in cells if cell != "imagery"}) > 1
-    )
-    refuse(varied.astype(bool), "this stimulus_id is test in some rows and not in others")

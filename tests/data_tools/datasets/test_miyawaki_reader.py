@@ -9,12 +9,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import RidgeClassifier
 
-from data_tools.datasets.miyawaki2008 import (
-    PACKAGED,
-    Miyawaki2008Reader,
-    draw_figure,
-    write_block_averages,
-)
+from data_tools.datasets.miyawaki2008 import Miyawaki2008Reader, draw_figure
+from data_tools.datasets.miyawaki2008_files import PACKAGED, write_block_averages
 from dist_decoder.config.data import DatasetConfig
 from dist_decoder.errors import ConfigError, DataError
 
