@@ -10,6 +10,12 @@ from dist_decoder.config.data import DataConfig
 app = make_app("data-tools", "Turn raw fMRI datasets into one store and into training shards.")
 
 
+def _describe_fabricate(result: Any) -> str:
+    from data_tools.fabricate.run import describe_fabricate
+
+    return describe_fabricate(result)
+
+
 def _describe_ingest(result: Any) -> str:
     from data_tools.ingest import describe_ingest
 
@@ -34,6 +40,7 @@ add_verb(
     DataConfig,
     "data_tools.fabricate.run:fabricate",
     "Write miniature datasets in the official layouts, with known truth.",
+    render=_describe_fabricate,
 )
 add_verb(
     app,

@@ -34,6 +34,7 @@ _SCENE_PLACES = (
 )
 _SCENE_KINDS = ",Hall,room,_inside,shop,field,house,station,court,yard"
 _IMAGES_PER_SCENE = 4
+_MAX_NSD_TRIALS = 30_000
 _JPEG_EVERY = 60
 
 
@@ -246,6 +247,11 @@ def check_sizes(config: FabricateConfig, bold_once: int) -> None:
             f"fabricate.nsd: sessions * trials_per_session is {trials}; it must be a multiple of "
             "3, because every image is shown three times"
         )
+    if trials > _MAX_NSD_TRIALS:
+        raise ConfigError(
+            f"fabricate.nsd: sessions * trials_per_session is {trials}; the layout holds "
+            f"{_MAX_NSD_TRIALS}, as in the real data"
+        )
     if not 0 < nsd.shared_images < trials // 3:
         raise ConfigError(
             f"fabricate.nsd.shared_images is {nsd.shared_images}; it must be between 1 and "
@@ -264,11 +270,15 @@ def check_sizes(config: FabricateConfig, bold_once: int) -> None:
             f"fabricate.bold5000.sessions gives {bold_once} once-shown images; at most 15 "
             "sessions can be fabricated"
         )
-    for key, allowed, subjects in (
-        ("nsd", NSD_SUBJECTS, nsd.subjects),
-        ("bold5000", 4, bold.subjects),
-        ("god", 5, config.god.subjects),
+    for key, allowed, subjects, (low, high) in (
+        ("nsd", NSD_SUBJECTS, nsd.subjects, nsd.num_voxels),
+        ("bold5000", 4, bold.subjects, bold.num_voxels),
+        ("god", 5, config.god.subjects, config.god.num_voxels),
     ):
+        if not 20 <= low <= high:
+            raise ConfigError(
+                f"fabricate.{key}.num_voxels is [{low}, {high}]; it must be a range from 20 on"
+            )
         if not set(subjects) <= set(range(1, allowed + 1)) or len(set(subjects)) < len(subjects):
             raise ConfigError(
                 f"fabricate.{key}.subjects is {list(subjects)}; numbers from 1 to {allowed}, each "

@@ -19,6 +19,7 @@ FORMAT = "dist-decoder-ground-truth"
 VERSION = 1
 MIN_QUERIES = 6500
 """Simulated queries per subject: the standard error stays below .0063 at any score."""
+_DRAWS_BUDGET = 40_000
 _R2_IMAGES = 400
 
 
@@ -43,7 +44,9 @@ def subject_scores(participant: Participant) -> tuple[BayesScores, Score]:
     gallery_Md = subject.catalogue.latents(participant.gallery)
     rounds = -(-MIN_QUERIES // len(gallery_Md))
     draw = numpy_generator(seed, "bayes", subject.key)
-    scores = bayes_scores(subject.model, gallery_Md, rounds, draw)
+    # Small galleries belong to subjects with few voxels, where more draws matter and cost little.
+    draws = 2 ** int(np.log2(np.clip(_DRAWS_BUDGET / len(gallery_Md), 128, 512)))
+    scores = bayes_scores(subject.model, gallery_Md, rounds, draw, draws)
     repeated = np.resize(gallery_Md, (max(_R2_IMAGES, len(gallery_Md)), gallery_Md.shape[1]))
     return scores, bayes_r2(subject.model, repeated, numpy_generator(seed, "r2", subject.key))
 

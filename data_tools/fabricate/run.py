@@ -61,6 +61,25 @@ def fabricate(config: DataConfig) -> dict[str, Any]:
     return {"raw": str(root), "fingerprint": identity, "subjects": truth["subjects"]}
 
 
+def describe_fabricate(result: dict[str, Any]) -> str:
+    """Return a table of the subjects and the best scores that any decoder can reach."""
+    lines = [
+        f"{result['raw']} (fingerprint {result['fingerprint']})",
+        "best possible top-1, single trials:",
+        f"{'subject':16} {'voxels':>6} {'pool':>5} {'brain_to_image':>15} {'image_to_brain':>15}",
+    ]
+    for name, truth in result["subjects"].items():
+        forward, backward = (
+            truth["bayes"][metric]["value"]
+            for metric in ("brain_to_image_top1", "image_to_brain_top1")
+        )
+        lines.append(
+            f"{name:16} {truth['num_voxels']:6d} {truth['pool']:5d} {forward:15.3f} "
+            f"{backward:15.3f}"
+        )
+    return "\n".join(lines)
+
+
 def tree_fingerprint(config: DataConfig) -> str:
     """Return what identifies the files: seed, sizes and generator, but no path."""
     assert config.fabricate is not None

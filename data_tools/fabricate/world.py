@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_decoder.config.data import FabricateConfig
+from dist_decoder.errors import ConfigError
 from dist_decoder.rng import numpy_generator
 
 Array = NDArray[np.float64]
@@ -63,12 +64,7 @@ class World:
     """Latents, embeddings, pictures and subjects of one seed."""
 
     def __init__(self, config: FabricateConfig, seed: int) -> None:
-        pairs, odd = divmod(config.latent_dim - config.context_dims, 2)
-        if pairs < 1 or odd:
-            raise ValueError(
-                f"latent_dim - context_dims must be even and positive, "
-                f"not {config.latent_dim} - {config.context_dims}"
-            )
+        check_dimensions(config)
         self.config, self.seed = config, seed
         d, m = config.latent_dim, config.embedding_dim
         self.embedding_md = _orthonormal(numpy_generator(seed, "embedding"), m, d)
@@ -103,7 +99,7 @@ class World:
         return z_Md @ self.embedding_md.T
 
     def picture(self, z_d: Array, size_px: int) -> NDArray[np.uint8]:
-        """Return the (size, size, 3) picture; the side is a multiple of GRID or is cropped to fit.
+        """Return the (size, size, 3) picture; the side must be a multiple of GRID.
 
         Each colour channel holds its own orthonormal read-out of z, one grey value per block.
         """
@@ -138,10 +134,10 @@ class World:
         k = self.config.context_dims
         # Keeping the memory order makes every slice contiguous for callers with latents first.
         out = x_Nd.copy(order="K")
-        cosines = [np.cos(omega * x_Nd[..., i]) for i in range(k)] or [np.cos(0.0)]
-        sines = [np.sin(omega * x_Nd[..., i]) for i in range(k)] or [np.sin(0.0)]
+        cosines = [np.cos(omega * x_Nd[..., i]) for i in range(k)]
+        sines = [np.sin(omega * x_Nd[..., i]) for i in range(k)]
         for pair, start in enumerate(range(k, self.config.latent_dim, 2)):
-            cosine, sine = cosines[pair % len(cosines)], sines[pair % len(sines)]
+            cosine, sine = cosines[pair % k], sines[pair % k]
             first, second = x_Nd[..., start], x_Nd[..., start + 1]
             out[..., start] = cosine * first - sine * second
             out[..., start + 1] = sine * first + cosine * second
@@ -176,6 +172,26 @@ class World:
         scale2_V = ncsnr_V**2 / ((1 + ncsnr_V**2) * signal_V)
         sigma_V = np.sqrt(1 / (1 + ncsnr_V**2) - scale2_V * shared_noise_V)
         return SubjectModel(self, direction * np.sqrt(scale2_V)[:, None], sigma_V, ncsnr_V)
+
+
+def check_dimensions(config: FabricateConfig) -> None:
+    """Refuse dimensions that the world cannot have.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    pairs, odd = divmod(config.latent_dim - config.context_dims, 2)
+    if pairs < 1 or odd:
+        raise ConfigError(
+            "fabricate.latent_dim - fabricate.context_dims must be even and positive, not "
+            f"{config.latent_dim} - {config.context_dims}"
+        )
+    limit = min(config.embedding_dim, GRID * GRID)
+    if config.latent_dim > limit:
+        raise ConfigError(
+            f"fabricate.latent_dim is {config.latent_dim}; it can be at most {limit} "
+            f"(embedding_dim {config.embedding_dim}, picture blocks {GRID * GRID})"
+        )
 
 
 def _orthonormal(generator: np.random.Generator, rows: int, columns: int) -> Array:

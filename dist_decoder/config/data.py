@@ -11,6 +11,8 @@ from dist_decoder.config.base import Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
+PicturePx = Annotated[int, Field(ge=8, multiple_of=8)]
+"""Side of a fabricated picture: a multiple of its 8 blocks."""
 
 
 class FabricatedNSD(Section):
@@ -25,7 +27,7 @@ class FabricatedNSD(Section):
     """Images that every subject sees (1,000 in the real data); they are the test set."""
     num_voxels: tuple[int, int] = (400, 700)
     """Range of the number of nsdgeneral voxels of a subject."""
-    image_px: PositiveInt = 64
+    image_px: PicturePx = 64
     """Side of the pictures in nsd_stimuli.hdf5; 425 in the real data."""
     hdf5_sessions: int = 1
     """First sessions of the first subject that are written as .hdf5 too."""
@@ -39,7 +41,7 @@ class FabricatedBOLD5000(Section):
     num_voxels: tuple[int, int] = (180, 230)
     shared_with_nsd: int = 280
     """NSD test images that are also BOLD5000 training stimuli (all 1,000 in the real data)."""
-    image_px: PositiveInt = 64
+    image_px: PicturePx = 64
     """Side of the presented pictures; 375 in the real data."""
 
 
@@ -52,7 +54,7 @@ class FabricatedGOD(Section):
     images_per_category: PositiveInt = 8
     test_categories: PositiveInt = 50
     test_repetitions: PositiveInt = 35
-    image_px: PositiveInt = 64
+    image_px: PicturePx = 64
     """Side of the pictures; 500 in the real data."""
     h5_subjects: int = 1
     """First subjects that are written in the .h5 layout of bdpy too."""
@@ -69,8 +71,9 @@ class FabricateConfig(Section):
     """m: width of the embedding e = A z."""
     omega: float = 0.7
     """Rotation per unit of context, radians. 0 makes the world linear."""
-    tau: float = 0.65
-    """SD of the information-limiting noise, in units of z."""
+    tau: Annotated[float, Field(ge=0.3, le=1.5)] = 0.65
+    """SD of the information-limiting noise, in units of z. Without it the information would grow
+    with the number of voxels, and every decoder would be right."""
     delta: float = 0.5
     """Idiosyncrasy of a subject's voxel directions."""
     rho: Fraction = 0.3
