@@ -6,7 +6,7 @@ Neither workers, nor world size, nor a restart change them. There is no global s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,18 +47,10 @@ def sample_normal(
     shape: tuple[int, ...],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return (B, *shape) float32 standard normal draws, one stream per global batch position."""
+    """Return (B, *shape) float32 standard normal draws that depend on the global position."""
     import torch
 
-    draws = [
-        torch.randn(
-            shape,
-            generator=torch_generator(seed, purpose, step, position, device=device),
-            device=device,
-        )
-        for position in positions
-    ]
-    return torch.stack(draws) if draws else torch.empty((0, *shape), device=device)
+    return _by_position(torch.randn, seed, purpose, step, positions, shape, device)
 
 
 def sample_uniform(
@@ -69,15 +61,43 @@ def sample_uniform(
     shape: tuple[int, ...],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return (B, *shape) float32 draws from [0, 1), one stream per global batch position."""
+    """Return (B, *shape) float32 draws from [0, 1) that depend on the global position."""
     import torch
 
-    draws = [
-        torch.rand(
-            shape,
-            generator=torch_generator(seed, purpose, step, position, device=device),
-            device=device,
-        )
-        for position in positions
-    ]
-    return torch.stack(draws) if draws else torch.empty((0, *shape), device=device)
+    return _by_position(torch.rand, seed, purpose, step, positions, shape, device)
+
+
+_BLOCK = 16
+"""Neighbouring positions share a stream: starting one costs as much as thousands of draws."""
+
+
+def _by_position(
+    draw: Callable[..., Tensor],
+    seed: int,
+    purpose: str,
+    step: int,
+    positions: Iterable[int],
+    shape: tuple[int, ...],
+    device: torch.device | str,
+) -> Tensor:
+    import torch
+
+    wanted = list(positions)
+    blocks = sorted({position // _BLOCK for position in wanted})
+    if not blocks:
+        return torch.empty((0, *shape), device=device)
+    drawn = torch.cat(
+        [
+            draw(
+                (_BLOCK, *shape),
+                generator=torch_generator(seed, purpose, step, block, device=device),
+                device=device,
+            )
+            for block in blocks
+        ]
+    )
+    place = {block: index * _BLOCK for index, block in enumerate(blocks)}
+    rows = [place[position // _BLOCK] + position % _BLOCK for position in wanted]
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return drawn[rows[0] : rows[0] + len(rows)]
+    return drawn[torch.tensor(rows, device=drawn.device)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dist_decoder.config.train import PriorConfig
 from dist_decoder.nn.keyed import SampleKeys
-from dist_decoder.nn.prior import PriorNetwork, draw_drops
+from dist_decoder.nn.prior import PriorNetwork
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,12 +37,12 @@ class DiffusionPrior(nn.Module):
     def forward(self, brain_BTD: Tensor, target_BTD: Tensor, keys: SampleKeys) -> Tensor:
         """Return the network's x0_BTD for targets noised at drawn timesteps."""
         device = brain_BTD.device
-        drawn = keys.uniform("prior-timestep", (), device)
-        t_B = (drawn * self.config.timesteps).long().clamp_max(self.config.timesteps - 1)
+        drawn = keys.uniform("prior-choices", (3,), device)
+        t_B = (drawn[:, 0] * self.config.timesteps).long().clamp_max(self.config.timesteps - 1)
         noise = keys.normal("prior-noise", self.token_shape, device)
         noisy = self.scheduler.add_noise(target_BTD.float(), noise, t_B)  # type: ignore[arg-type]
-        drop_brain, drop_image = draw_drops(keys, self.config.cond_drop_prob, device)
-        return self.net(noisy, t_B, brain_BTD, drop_brain, drop_image)
+        drops = drawn[:, 1:] < self.config.cond_drop_prob
+        return self.net(noisy, t_B, brain_BTD, drops[:, 0], drops[:, 1])
 
     @torch.no_grad()
     def sample(self, brain_BTD: Tensor, noises: Iterable[Tensor]) -> Tensor:

@@ -31,10 +31,6 @@ class SampleKeys:
         """Return (B, *shape) draws from [0, 1), float32."""
         return sample_uniform(self.seed, purpose, self.step, self.positions, shape, device)
 
-    def select(self, rows: list[int]) -> SampleKeys:
-        """Return the keys of some of the samples."""
-        return SampleKeys(self.seed, self.step, tuple(self.positions[row] for row in rows))
-
 
 def keyed_dropout(x: Tensor, prob: float, keys: SampleKeys | None, purpose: str) -> Tensor:
     """Zero entries with probability ``prob`` and scale the others by 1 / (1 - prob).

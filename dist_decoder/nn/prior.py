@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_decoder.nn.keyed import SampleKeys
-
 _ROTARY_CHANNELS = 32
 _BIAS_BUCKETS = 32
 _BIAS_FARTHEST = 128
@@ -231,9 +229,3 @@ class PriorNetwork(nn.Module):
             x = x + attention(x, bias_HNK, rotary)
             x = x + feed_forward(x)
         return self.out(self.norm(x))[:, -self.num_tokens :]
-
-
-def draw_drops(keys: SampleKeys, prob: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return which samples lose their brain tokens, and which their noisy tokens, (B,) bool."""
-    drawn = keys.uniform("prior-drop", (2,), device) < prob
-    return drawn[:, 0], drawn[:, 1]

@@ -173,7 +173,7 @@ def test_training_draws_are_keyed_and_cover_all_timesteps(prior: DiffusionPrior)
     part = prior(brain[4:], clean[4:], SampleKeys(0, 2, (4, 5)))
     torch.testing.assert_close(whole[4:], part)
     assert (prior(brain, clean, SampleKeys(0, 3, tuple(range(6)))) - whole).abs().max() > 1e-3
-    drawn = SampleKeys(0, 0, tuple(range(2000))).uniform("prior-timestep", (), brain.device)
+    drawn = SampleKeys(0, 0, tuple(range(2000))).uniform("prior-choices", (3,), brain.device)[:, 0]
     counts = torch.bincount((drawn * 20).long(), minlength=20)
     assert counts.min() > 60
     assert counts.max() < 140
