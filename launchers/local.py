@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from dist_decoder.config.commandline import FAILURE_FILE_VARIABLE
 from dist_decoder.config.launch import LocalConfig
-from dist_decoder.errors import LaunchError
+from dist_decoder.errors import LaunchError, StoppedError
 from launchers.log_files import Follower, tail
 from launchers.plan import RankPlan, plan_local
 from launchers.supervise import Child, Exit, Outcome, supervise
@@ -128,7 +128,11 @@ def _log_dir(config: LocalConfig) -> Path:
 
 def _explain(first: Exit, outcome: Outcome, rank: _Rank, config: LocalConfig) -> LaunchError:
     asked = outcome.stopped_by
-    if asked is not None and first.code == 128 + asked:
+    if first.code == StoppedError.exit_code:
+        error = LaunchError(
+            f"stopped after saving; the same command goes on; logs in {rank.log.parent}"
+        )
+    elif asked is not None and first.code == 128 + asked:
         error = LaunchError(f"stopped by {asked.name}; logs in {rank.log.parent}")
     elif asked is not None and first.code == 128 + signal.SIGKILL:
         error = LaunchError(

@@ -6,6 +6,7 @@ Exit codes of every verb:
 0     the work is done
 1     the verb ran, and its check did not pass; or a defect of ours (a traceback)
 2     wrong use: command line, configuration, data, storage, run folder
+75    training was asked to stop by SIGTERM or SIGUSR1 and has saved its state
 130   Ctrl-C; what was complete stays, and a second call goes on from there
 ====  ==========================================================================
 
@@ -34,7 +35,7 @@ from typer.core import TyperCommand
 from dist_decoder.config.base import Section, load_config
 from dist_decoder.config.keys import key_table
 from dist_decoder.config.progress import Progress, progress
-from dist_decoder.errors import DistDecoderError
+from dist_decoder.errors import DistDecoderError, StoppedError
 
 __all__ = [
     "EXIT_CHECK_FAILED",
@@ -203,7 +204,8 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> NoRetur
 def explain_error(error: BaseException) -> str:
     """Return the message of an error and the notes that code on the way up added."""
     notes = getattr(error, "__notes__", ())
-    return "\n".join([f"error: {error}", *(f"  {note}" for note in notes)])
+    prefix = "stopped" if isinstance(error, StoppedError) else "error"
+    return "\n".join([f"{prefix}: {error}", *(f"  {note}" for note in notes)])
 
 
 def to_jsonable(value: Any) -> Any:

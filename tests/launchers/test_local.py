@@ -185,7 +185,11 @@ except BaseException:
 
 
 def test_rank_killed_by_a_signal_is_named(workplace: Workplace) -> None:
-    body = "ready()\nos.kill(os.getpid(), signal.SIGSEGV) if rank == 0 else time.sleep(600)"
+    body = """
+ready()
+while not os.path.exists(f"ready-{1 - rank}"): time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGSEGV) if rank == 0 else time.sleep(600)
+"""
     code, _, err = finish(workplace.start(body, ranks=2))
     assert code == 128 + signal.SIGSEGV
     assert "rank 0 of 2 failed first, exit code 139: SIGSEGV" in err
@@ -241,6 +245,19 @@ def test_ctrl_c_leaves_no_process_and_no_tail(workplace: Workplace) -> None:
     assert "stopped by SIGINT" in err
     assert "Traceback" not in err, "being stopped is not a failure to explain"
     workplace.assert_nothing_left()
+
+
+def test_ranks_that_saved_and_stopped_are_not_called_failed(workplace: Workplace) -> None:
+    body = """
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
+ready(); time.sleep(600)
+"""
+    launcher = workplace.start_and_wait_ready(body)
+    launcher.send_signal(signal.SIGTERM)
+    code, _, err = finish(launcher)
+    assert code == 75
+    assert "stopped after saving" in err
+    assert "failed" not in err
 
 
 IGNORE_ALL = """
