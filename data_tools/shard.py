@@ -68,7 +68,8 @@ def shard(config: DataConfig) -> dict[str, Any]:
     """Write the shards of the configured datasets to ``config.shards``.
 
     Returns:
-        Recipe, numbers of tars (written, kept), images, rows and bytes, dead voxels.
+        Recipe, numbers of tars (written, kept), images, rows and bytes, and per subject the
+        voxels that are dead (0) in at least one session or run.
 
     Raises:
         SplitError: the split leaks, or was made by another configuration.
@@ -154,7 +155,7 @@ def _write_everything(
         for one in rows:
             name = f"{dataset}/{one.subject}"
             subjects[name] = _write_subject(plan, folder, one, files)
-            dead[name] = int(one.statistics.dead_UV().all(axis=0).sum())
+            dead[name] = int(one.statistics.dead_UV().any(axis=0).sum())
             if not plan.split.is_holdout(dataset, one.subject):
                 statistics_uids |= set(one.trials["image_uid"][one.split_N == "train"])
         todo = measured_sources(plan.store, dataset, rows, plan.config)

@@ -6,7 +6,6 @@ Source: POSIX ustar, as the tar writer of webdataset uses it; owner, mode and ti
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,20 +45,22 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardEntr
     indexed = []
     with atomic_file(folder / name) as file:
         output = _HashedOutput(file)
-        with tarfile.open(fileobj=output, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-            for sample in samples:
-                members = {
-                    extension: _add_member(tar, output, f"{sample.key}.{extension}", data)
-                    for extension, data in sample.members
-                }
-                indexed.append(
-                    IndexSample(
-                        key=sample.key,
-                        image_uid=sample.image_uid,
-                        members=members,
-                        sessions=sample.sessions,
-                    )
+        for sample in samples:
+            members = {
+                extension: _add_member(output, f"{sample.key}.{extension}", data)
+                for extension, data in sample.members
+            }
+            indexed.append(
+                IndexSample(
+                    key=sample.key,
+                    image_uid=sample.image_uid,
+                    members=members,
+                    sessions=sample.sessions,
                 )
+            )
+        # A tar ends in two empty blocks and is a whole number of records long.
+        end = 2 * tarfile.BLOCKSIZE
+        output.write(bytes(end + -(output.size + end) % tarfile.RECORDSIZE))
     index = document_bytes(ShardIndex(tar=name, tar_bytes=output.size, samples=tuple(indexed)))
     atomic_write_bytes(folder / index_name(name), index)
     return ShardEntry(
@@ -71,34 +72,31 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardEntr
     )
 
 
-def _add_member(
-    tar: tarfile.TarFile, output: _HashedOutput, name: str, data: bytes
-) -> tuple[int, int]:
+def _add_member(output: _HashedOutput, name: str, data: bytes) -> tuple[int, int]:
+    """Write header and data (TarFile builds every header twice) and return offset and size."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     info.mode = 0o444
     try:
-        header_size = len(info.tobuf(tarfile.USTAR_FORMAT))
+        header = info.tobuf(tarfile.USTAR_FORMAT)
     except ValueError as error:
         raise DataError(f"tar member {name!r}: {error}; use a shorter subject name") from error
-    offset = output.size + header_size
-    tar.addfile(info, io.BytesIO(data))
+    output.write(header)
+    offset = output.size
+    output.write(data)
+    output.write(bytes(-len(data) % tarfile.BLOCKSIZE))
     return offset, len(data)
 
 
 class _HashedOutput:
-    """A file that counts and hashes what tarfile writes; tarfile never goes back."""
+    """A file that counts and hashes what is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.size = 0
         self.digest = hashlib.sha256()
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes) -> None:
         self._file.write(data)
         self.digest.update(data)
         self.size += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.size

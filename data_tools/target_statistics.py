@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from data_tools.embedding_store import EmbeddingStore
 from dist_decoder.errors import DataError
 
-_BATCH = 64
+_BATCH_BYTES = 1 << 26
+"""Float64 targets in memory at a time."""
 
 
 def target_statistics(embeddings: EmbeddingStore, uids: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -55,7 +56,9 @@ def _moments(
 ) -> tuple[NDArray[np.float64], float]:
     """Two passes: one pass loses the variance of targets whose mean is large."""
     read = embeddings.pooled if name == "pooled" else embeddings.tokens
-    batches = [uids[start : start + _BATCH] for start in range(0, len(uids), _BATCH)]
+    width = embeddings.pooled_dim if name == "pooled" else np.prod(embeddings.token_shape or ())
+    size = max(_BATCH_BYTES // (8 * int(width)), 1)
+    batches = [uids[start : start + size] for start in range(0, len(uids), size)]
     total = sum(read(batch).astype(np.float64).sum(axis=0) for batch in batches)
     mean = np.asarray(total) / len(uids)
     squares = sum(float(((read(batch) - mean) ** 2).sum()) for batch in batches)
