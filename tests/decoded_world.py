@@ -63,7 +63,7 @@ def uid(dataset: str, split: str, image: int) -> str:
     return f"{dataset}:{split}{image:02d}"
 
 
-def write_world(folder: Path, noise: float = 0.6, contaminated: bool = False) -> Path:
+def write_world(folder: Path, noise: float = 1.1, contaminated: bool = False) -> Path:
     """Write shards of two datasets and return their folder."""
     folder.mkdir(parents=True)
     rng = numpy_generator(0, "decoded world")
@@ -130,9 +130,7 @@ def _source(folder, dataset, split, targets, weights, lift, noise, rng) -> Sourc
             tokens_TD = (pooled_E @ lift).reshape(T, D)
             key = f"{dataset}-{split}-{image:03d}"
             members = {
-                "pooled.npy": encode_npy(
-                    targets.unstandardise_pooled(pooled_E).astype(np.float16)
-                ),
+                "pooled.npy": encode_npy(targets.unstandardise_pooled(pooled_E).astype(np.float16)),
                 "tokens.npy": encode_npy(
                     targets.unstandardise_tokens(tokens_TD).astype(np.float16)
                 ),
@@ -141,9 +139,7 @@ def _source(folder, dataset, split, targets, weights, lift, noise, rng) -> Sourc
             for name in names:
                 repetitions = REPETITIONS[split]
                 clean_V = pooled_E @ weights[name]
-                values = clean_V + noise * np.sqrt(E) * rng.normal(
-                    size=(repetitions, VOXELS[name])
-                )
+                values = clean_V + noise * np.sqrt(E) * rng.normal(size=(repetitions, VOXELS[name]))
                 short = name.partition("/")[2]
                 members[f"{short}.voxels.npy"] = encode_npy(values.astype(np.float16))
                 rows[short] = tuple(
@@ -168,14 +164,10 @@ def _source(folder, dataset, split, targets, weights, lift, noise, rng) -> Sourc
                 tar.addfile(header, io.BytesIO(data))
             sessions = {short: tuple(r.session for r in infos) for short, infos in rows.items()}
             samples.append(
-                IndexSample(
-                    key=key, image_uid=info.image_uid, members=places, sessions=sessions
-                )
+                IndexSample(key=key, image_uid=info.image_uid, members=places, sessions=sessions)
             )
     data = buffer.getvalue()
-    index = document_bytes(
-        ShardIndex(tar=tar_name, tar_bytes=len(data), samples=tuple(samples))
-    )
+    index = document_bytes(ShardIndex(tar=tar_name, tar_bytes=len(data), samples=tuple(samples)))
     (folder / tar_name).write_bytes(data)
     (folder / index_name(tar_name)).write_bytes(index)
     entry = ShardEntry(

@@ -10,7 +10,7 @@ from dist_decoder.errors import ConfigError, DataError
 from dist_decoder.eval.curves import METRICS_NAME, curve_svg, loss_terms, read_metrics
 from dist_decoder.eval.evaluate import SHUFFLES
 from dist_decoder.eval.evaluation import Evaluation, describe
-from dist_decoder.eval.page import number, page_context
+from dist_decoder.eval.page import MODEL_LABELS, number, page_context
 from dist_decoder.eval.queries import MODELS
 from dist_decoder.eval.retrieval import BRAIN_TO_IMAGE
 from dist_decoder.eval.summary import ALL
@@ -129,6 +129,11 @@ def render_markdown(report: Mapping[str, Any], title: str) -> str:
             ],
         )
     lines += ["", "## Notes", ""]
+    lines += [
+        f"- {label}: {about}"
+        for model, (label, about) in MODEL_LABELS.items()
+        if model in report["models"]
+    ]
     lines += [f"- {note}" for note in report["notes"]]
     lines += [f"- `{metric}`: `{text}`" for metric, text in report["protocols"].items()]
     lines += ["", f"`{report['command']}`", ""]

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-
 from decoded_world import HOLDOUT, IMAGES, MODEL, uid, write_run, write_world
+
 from dist_decoder.commands.evaluate import render, run
 from dist_decoder.config.evaluate import EvaluateConfig
-from dist_decoder.errors import CheckpointError, ConfigError, FormatError
+from dist_decoder.errors import CheckpointError, ConfigError, DataError, FormatError
 from dist_decoder.eval.evaluation import read_evaluation
 
 JOINT = ("alpha/s1", "alpha/s2", "beta/s1")
@@ -24,10 +24,9 @@ def world(tmp_path_factory):
     write_run(folder / "adapted", shards, (HOLDOUT,), config={"sessions": 1})
     write_run(folder / "adapted" / "start", shards, (HOLDOUT,), blur=0.2, config={"sessions": 1})
     write_run(folder / "scratch", shards, (HOLDOUT,), blur=0.3, config={"sessions": 1})
-    truth = {
-        name: {"pool": IMAGES["test"], "bayes": {"brain_to_image_top1": {"value": 0.97, "se": 0.01}}}
-        for name in ("alpha/s1", "alpha/s2", HOLDOUT)
-    }  # fmt: skip
+    bayes = {"brain_to_image_top1": {"value": 0.97, "se": 0.01}}
+    names = ("alpha/s1", "alpha/s2", HOLDOUT)
+    truth = {name: {"pool": IMAGES["test"], "bayes": bayes} for name in names}
     truth["beta/s1"] = {**truth["alpha/s1"], "pool": 99}
     header = {"format": "dist-decoder-ground-truth", "version": 1, "subjects": truth}
     (folder / "ground_truth.json").write_text(json.dumps(header))
@@ -74,7 +73,9 @@ def test_every_model_dataset_and_output_has_its_rows(content):
     for dataset, subjects in (("alpha", ("s1", "s2", "all")), ("beta", ("s1", "all"))):
         for subject in subjects:
             for model in ("joint", "ridge", "shuffled"):
-                outputs = ("pooled", "tokens") if model == "ridge" else ("pooled", "tokens", "prior")
+                outputs = (
+                    ("pooled", "tokens") if model == "ridge" else ("pooled", "tokens", "prior")
+                )
                 assert {(dataset, subject, model, output) for output in outputs} <= found
     assert ("alpha", "s2", "single", "pooled") in found
     assert ("beta", "s1", "single", "pooled") not in found
@@ -131,7 +132,7 @@ def test_adapted_carries_the_score_of_its_start(content):
 
 
 def test_ridge_of_a_new_subject_uses_the_sessions_it_may(world, evaluated, tmp_path):
-    """The adapted models say 1 session: with 2 the ridge has twice the rows and scores higher."""
+    """The adapted models say 1 session: with 2 the ridge has twice the rows."""
     for name in ("adapted", "scratch"):
         write_run(tmp_path / name, world / "shards", (HOLDOUT,), config={"sessions": 2})
     models = [{"model": name, "run": tmp_path / name} for name in ("adapted", "scratch")]
@@ -145,7 +146,7 @@ def test_ridge_of_a_new_subject_uses_the_sessions_it_may(world, evaluated, tmp_p
         )
 
     one, two = ridge(evaluated), ridge(read_evaluation(tmp_path / "out"))
-    assert two.mean() != one.mean()
+    assert (one != two).any()
 
 
 def test_models_of_a_subject_with_other_sessions_are_refused(world, tmp_path):
@@ -211,7 +212,7 @@ def test_ridge_penalties_are_those_of_the_config(world, content, tmp_path):
     first = _find(strong["results"], subject="s1", model="ridge", **FORWARD)
     second = _find(content["results"], subject="s1", dataset="alpha", model="ridge", **FORWARD)
     assert first["value"] != second["value"]
-    with pytest.raises(Exception, match="fewer|folds"):
+    with pytest.raises(DataError, match="cross-validation with 1000 folds"):
         run(_config(world, tmp_path / "b", models=models, ridge_folds=1000))
 
 
