@@ -39,9 +39,7 @@ class GainNorm(nn.Module):
         if self.stable:
             x = x / x.amax(dim=-1, keepdim=True).detach()
         eps = 1e-5 if x.dtype == torch.float32 else 1e-3
-        centred = x - x.mean(dim=-1, keepdim=True)
-        variance = centred.square().mean(dim=-1, keepdim=True)
-        return centred * (variance + eps).rsqrt() * self.g
+        return F.layer_norm(x, self.g.shape, weight=self.g, eps=eps)
 
 
 class DistanceBias(nn.Module):
@@ -106,12 +104,13 @@ class Attention(nn.Module):
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (N, R) for the first R = min(32, d) channels, pairs interleaved."""
+    """Return cos and signed sin (N, R) of the first R = min(32, d) channels, pairs interleaved."""
     channels = min(_ROTARY_CHANNELS, head_dim - head_dim % 2)
     frequency = 10000.0 ** (-torch.arange(0, channels, 2, device=device).float() / channels)
     angle = torch.arange(length, device=device).float()[:, None] * frequency
+    signs = torch.tensor([-1.0, 1.0], device=device).repeat(channels // 2)
     angle = angle.repeat_interleave(2, dim=-1)
-    return angle.cos(), angle.sin()
+    return angle.cos(), angle.sin() * signs
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -119,9 +118,9 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (table.to(x.dtype) for table in rotary)
     channels = cos.shape[-1]
     turned, rest = x[..., :channels], x[..., channels:]
-    even, odd = turned[..., 0::2], turned[..., 1::2]
-    quarter = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return torch.cat([turned * cos + quarter * sin, rest], dim=-1)
+    swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    turned = torch.addcmul(turned * cos, swapped, sin)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 class GatedFeedForward(nn.Module):
