@@ -34,7 +34,8 @@ def _split(config: DataConfig) -> CheckRow:
         verify_split(store, made)
     except DistDecoderError as error:
         return CheckRow("store", "", "split", "differs", str(error))
-    return CheckRow("store", "", "split", "ok", f"policy {made.policy}, no image in two splits")
+    shared = f"{len(made.contaminated)} images" if made.contaminated else "no image"
+    return CheckRow("store", "", "split", "ok", f"policy {made.policy}, {shared} in two splits")
 
 
 def _shards(config: DataConfig) -> Iterator[CheckRow]:

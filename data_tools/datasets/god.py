@@ -88,7 +88,7 @@ class GODReader:
             dataset="god",
             subjects=subjects,
             unit="percent signal change",
-            licence="CC BY 4.0 (responses); the ImageNet images may not be redistributed",
+            licence="terms of the figshare page (responses), ImageNet terms (images)",
             citation=(
                 "Horikawa and Kamitani (2017), Generic decoding of seen and imagined objects "
                 "using hierarchical visual features, Nature Communications 8, "
