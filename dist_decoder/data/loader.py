@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from dist_decoder.batch import Batch
@@ -80,10 +81,15 @@ class Loader:
             ),
             config.cache_mb,
         )  # fmt: skip
-        self._image_ids = [
-            image_ids(sample.image_uid for sample in shard.index.samples)
-            for shard in self.order.shards
+        shards = self.order.shards
+        counts = [len(shard.index.samples) for shard in shards]
+        self._first_sample = np.cumsum([0, *counts], dtype=np.int64)
+        self._uids = [sample.image_uid for shard in shards for sample in shard.index.samples]
+        self._keys = [
+            f"{shard.entry.name}:{sample.key}" for shard in shards for sample in shard.index.samples
         ]
+        self._image_ids = image_ids(self._uids)
+        self._subjects = [source.subject for source in self.order.sources]
         self._workers = config.workers
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[tuple[int, Future[Batch]]] = deque()
@@ -118,27 +124,18 @@ class Loader:
         """Return this rank's batch of any step; iterating is not affected."""
         visits = self.order.visits(step, self._positions)
         gathered = self._samples.gather(visits)
-        places = list(
-            zip(
-                visits.shard_B.tolist(), visits.sample_B.tolist(), visits.row_B.tolist(),
-                strict=True,
-            )
-        )  # fmt: skip
-        shards = self.order.shards
-        ids = [self._image_ids[shard][sample] for shard, sample, _ in places]
+        sample_B = (self._first_sample[visits.shard_B] + visits.sample_B).tolist()
+        keys = zip(sample_B, visits.row_B.tolist(), strict=True)
         return Batch(
             step=step,
             global_size=self.order.batch_size,
             positions_B=torch.tensor(list(self._positions), dtype=torch.int64),
             voxels=gathered.voxels,
             rows=gathered.rows,
-            subjects=tuple(self.order.sources[s].subject for s in visits.source_B.tolist()),
-            image_uids=tuple(shards[s].index.samples[i].image_uid for s, i, _ in places),
-            image_ids_B=torch.tensor(ids, dtype=torch.int64),
-            keys=tuple(
-                f"{shards[s].entry.name}:{shards[s].index.samples[i].key}:{row}"
-                for s, i, row in places
-            ),
+            subjects=tuple(self._subjects[source] for source in visits.source_B.tolist()),
+            image_uids=tuple(self._uids[sample] for sample in sample_B),
+            image_ids_B=torch.from_numpy(self._image_ids[sample_B]),
+            keys=tuple(f"{self._keys[sample]}:{row}" for sample, row in keys),
             pooled_BE=gathered.pooled_BE,
             tokens_BTD=gathered.tokens_BTD,
         )

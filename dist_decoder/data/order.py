@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,18 @@ class Visits:
 
     def __len__(self) -> int:
         return len(self.source_B)
+
+
+def groups(values_B: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+    """Return (value, positions) for each distinct value, both ascending."""
+    by_value_B = np.argsort(values_B, kind="stable")
+    sorted_B = values_B[by_value_B]
+    borders = [0, *(np.flatnonzero(sorted_B[1:] != sorted_B[:-1]) + 1).tolist(), len(values_B)]
+    return [
+        (int(sorted_B[start]), by_value_B[start:stop])
+        for start, stop in pairwise(borders)
+        if stop > start
+    ]
 
 
 def own_positions(global_size: int, rank: int, world_size: int) -> range:
@@ -158,13 +171,11 @@ class Order:
         place_B = np.asarray(range(self.batch_size) if positions is None else positions, np.int64)
         source_B, ordinal_B = self.schedule.at(step * self.batch_size + place_B)
         shard_B, sample_B, row_B = (np.empty(len(place_B), np.int64) for _ in range(3))
-        for index in np.unique(source_B):
+        for index, here in groups(source_B):
             source = self.sources[index]
-            here = np.flatnonzero(source_B == index)
             epochs, offsets = np.divmod(ordinal_B[here], source.num_visits)
-            for epoch in np.unique(epochs):
-                now = epochs == epoch
-                visit = self.epoch_order(int(index), int(epoch))[offsets[now]]
+            for epoch, now in groups(epochs):
+                visit = self.epoch_order(index, epoch)[offsets[now]]
                 shard_B[here[now]] = source.shard_N[visit]
                 sample_B[here[now]] = source.sample_N[visit]
                 row_B[here[now]] = source.row_N[visit]

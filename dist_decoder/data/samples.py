@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_decoder.data.order import Visits
+from dist_decoder.data.order import Visits, groups
+from dist_decoder.data.recycled import Recycled
 from dist_decoder.data.sources import Shard, Source, voxel_member
 from dist_decoder.data.tar_reader import TarReader, Wanted, checked_array
 from dist_decoder.data.targets import TargetStatistics
@@ -25,6 +26,8 @@ from dist_decoder.formats import Manifest
 
 TargetName = Literal["pooled", "tokens"]
 POOLED, TOKENS = "pooled.npy", "tokens.npy"
+_OWN_PART = 0.8
+"""An array that is a smaller part of the bytes it was read with is copied before it is kept."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,11 @@ class Members:
             self.shapes[TOKENS] = manifest.encoder.token_shape
             mean_TD = torch.from_numpy(targets.tokens_mean_TD)
             self._means[TOKENS] = (mean_TD, targets.tokens_scale)
-        subjects = {source.subject for source in sources}
-        self.num_voxels = {name: manifest.subjects[name].num_voxels for name in subjects}
+        self._subjects = sorted({source.subject for source in sources})
+        self._subject_of_source = np.array(
+            [self._subjects.index(source.subject) for source in sources], np.int64
+        )
+        self.num_voxels = {name: manifest.subjects[name].num_voxels for name in self._subjects}
 
     def shape(self, item: Wanted, shard: Shard) -> tuple[int, ...]:
         """Return the shape that a member must have."""
@@ -89,10 +95,22 @@ class Members:
         rows = len(shard.index.samples[item[0]].sessions[name])
         return (rows, self.num_voxels[f"{shard.dataset}/{name}"])
 
-    def read(self, shard: Shard, wanted: Sequence[Wanted]) -> dict[Wanted, NDArray[Any]]:
-        """Return checked arrays, views of what was read."""
+    def read(
+        self, shard: Shard, wanted: Sequence[Wanted], keep: bool = False
+    ) -> dict[Wanted, NDArray[Any]]:
+        """Return checked arrays, views of what was read.
+
+        Args:
+            keep: the arrays stay in memory: copy those that would hold much more than themselves.
+        """
         found = self.reader.read(shard, wanted)
-        return {item: self.check(shard, item, found) for item in wanted}
+        arrays = {item: self.check(shard, item, found) for item in wanted}
+        if keep:
+            for item, array in arrays.items():
+                read_bytes = len(found[item].obj)  # type: ignore[arg-type]
+                if array.nbytes < _OWN_PART * read_bytes:
+                    arrays[item] = array.copy()
+        return arrays
 
     def check(self, shard: Shard, item: Wanted, found: Mapping[Wanted, memoryview]) -> NDArray[Any]:
         """Return one checked array of what ``TarReader.read`` found."""
@@ -105,11 +123,8 @@ class Members:
 
     def of_subject(self, visits: Visits) -> dict[str, NDArray[np.int64]]:
         """Return for each subject the positions of its visits, ascending."""
-        found: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
-        for index in np.unique(visits.source_B):
-            here = np.flatnonzero(visits.source_B == index)
-            found[self.sources[index].subject].append(here)
-        return {name: np.sort(np.concatenate(found[name])) for name in sorted(found)}
+        numbers_B = self._subject_of_source[visits.source_B]
+        return {self._subjects[number]: here for number, here in groups(numbers_B)}
 
 
 def _stored_dtype(size: int, count: int) -> type[np.float16] | type[np.float32]:
@@ -187,9 +202,8 @@ class ResidentSamples:
 
     def gather(self, visits: Visits) -> Gathered:
         """Return the numbers of some visits, in their order."""
-        for index in np.unique(visits.shard_B):
-            if not self._loaded[index]:
-                self._load(int(index))
+        for index in set(visits.shard_B[~self._loaded[visits.shard_B]].tolist()):
+            self._load(index)
         sample_B = self._first_sample[visits.shard_B] + visits.sample_B
         targets: dict[str, Tensor] = {}
         for name in self._members.shapes:
@@ -241,6 +255,7 @@ class StreamedSamples:
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, Wanted], NDArray[Any]] = OrderedDict()
         self._held_bytes = 0
+        self._memory = {name: Recycled() for name in members.shapes}
 
     @property
     def held_bytes(self) -> int:
@@ -254,7 +269,7 @@ class StreamedSamples:
         places = list(zip(visits.shard_B.tolist(), visits.sample_B.tolist(), strict=True))
         targets: dict[str, Tensor] = {}
         for name, shape in self._members.shapes.items():
-            targets[name] = torch.empty((len(visits), *shape))
+            targets[name] = self._memory[name].empty((len(visits), *shape))
             for out, (shard, sample) in zip(targets[name], places, strict=True):
                 out.copy_(torch.from_numpy(arrays[shard, (sample, name)]))
                 # One sample at a time: it is still in the processor's cache.
@@ -291,10 +306,9 @@ class StreamedSamples:
                         missing[shard].add((sample, extension))
         for shard, wanted in missing.items():
             for item, array in self._members.read(
-                self._members.shards[shard], sorted(wanted)
+                self._members.shards[shard], sorted(wanted), keep=True
             ).items():
-                # A copy: a view would keep all bytes of a joined read alive.
-                found[shard, item] = self._keep((shard, item), array.copy())
+                found[shard, item] = self._keep((shard, item), array)
         return found
 
     def _keep(self, key: tuple[int, Wanted], array: NDArray[Any]) -> NDArray[Any]:

@@ -71,7 +71,7 @@ class TarReader:
         require_member(shard, sample, item[1])
         return sample.members[item[1]]
 
-    def _whole(self, shard: Shard) -> bytes:
+    def _whole(self, shard: Shard) -> memoryview:
         data = self._fetch(shard, 0, shard.index.tar_bytes)
         if hashlib.sha256(data).hexdigest() != shard.entry.sha256:
             raise FormatError(
@@ -80,13 +80,21 @@ class TarReader:
             )
         return data
 
-    def _fetch(self, shard: Shard, offset: int, size: int) -> bytes:
+    def _fetch(self, shard: Shard, offset: int, size: int) -> memoryview:
+        # Writable memory: torch takes arrays in it without a copy and without complaint.
         if self._storage.path is None:
-            return self._storage.read_range(shard.entry.name, offset, size)
-        data = os.pread(self._descriptor(shard), size, offset)
-        if len(data) != size:
-            # One pread returns at most 2 GiB, and less when a signal arrives.
-            data = self._storage.read_range(shard.entry.name, offset, size)
+            return memoryview(bytearray(self._storage.read_range(shard.entry.name, offset, size)))
+        data = np.empty(size, np.uint8).data
+        file, done = self._descriptor(shard), 0
+        while done < size:
+            # One call returns at most 2 GiB, and less when a signal arrives.
+            count = os.preadv(file, [data[done:]], offset + done)
+            if count == 0:
+                raise FormatError(
+                    f"shard {shard.entry.name} ends before byte {offset + size}: it was truncated"
+                    " while it was being read; run `data-tools shard` again"
+                )
+            done += count
         return data
 
     def _descriptor(self, shard: Shard) -> int:
@@ -132,18 +140,18 @@ def _joined(
 
 
 def _cut(
-    shard: Shard, item: Wanted, span: bytes, span_start: int, offset: int, size: int
+    shard: Shard, item: Wanted, span: memoryview, span_start: int, offset: int, size: int
 ) -> memoryview:
     """Return the data of a member after looking at the name in its tar header."""
     name = f"{shard.index.samples[item[0]].key}.{item[1]}".encode()
     start = offset - span_start
-    if not _names(span[start - HEADER_BYTES : start], name):
+    if not _names(bytes(span[start - HEADER_BYTES : start]), name):
         raise FormatError(
             f"shard {shard.entry.name}, key {shard.index.samples[item[0]].key}: no member"
             f" {item[1]!r} at byte {offset}: tar and index do not belong together; run"
             " `data-tools shard` again"
         )
-    return memoryview(span)[start : start + size]
+    return span[start : start + size]
 
 
 def _names(header: bytes, name: bytes) -> bool:

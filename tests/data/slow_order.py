@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
-from hand_made import VOXELS, HandMade
+from hand_made import HandMade
 
 from dist_decoder.rng import key64
 
@@ -103,8 +103,3 @@ def slow_sequence(
         ]
         for _ in range(steps)
     ]
-
-
-def measured_subjects() -> list[str]:
-    """Return the subjects of joint training."""
-    return [name for name in VOXELS if not name.endswith("held")]

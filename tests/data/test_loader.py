@@ -233,9 +233,11 @@ def test_the_cache_saves_reads(made: HandMade, monkeypatch: pytest.MonkeyPatch) 
         count = [0]
         read = samples._members.read
 
-        def counted(shard: Any, wanted: Any, read: Any = read, count: Any = count) -> Any:
+        def counted(
+            shard: Any, wanted: Any, keep: bool, read: Any = read, count: Any = count
+        ) -> Any:
             count[0] += len(wanted)
-            return read(shard, wanted)
+            return read(shard, wanted, keep)
 
         monkeypatch.setattr(samples._members, "read", counted)
         for _ in range(30):
