@@ -76,7 +76,7 @@ format: $(INSTALLED)  ## let ruff mend what it can
 	$(PYTHON) -m ruff format .
 
 bench: $(INSTALLED)  ## run every benchmark; figures go to stdout
-	for benchmark in benchmarks/*.py; do $(PYTHON) "$$benchmark"; done
+	for benchmark in benchmarks/*.py; do PYTHONPATH=. $(PYTHON) "$$benchmark"; done
 
 clean:  ## remove caches and what `make demo` wrote; .venv stays
 	rm -rf data/demo runs/demo build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from dist_decoder.config.commandline import FAILURE_FILE_VARIABLE
 from dist_decoder.config.launch import LocalConfig
-from dist_decoder.errors import LaunchError, StoppedError
+from dist_decoder.errors import DistDecoderError, LaunchError, StoppedError
 from launchers.log_files import Follower, tail
 from launchers.plan import RankPlan, plan_local
 from launchers.supervise import Child, Exit, Outcome, supervise
@@ -42,6 +42,7 @@ def launch_local(
     Raises:
         LaunchError: a rank failed. The message ends in the log tail of the rank that failed
             first, and ``exit_code`` is its exit code (128 + n after signal n).
+        StoppedError: the ranks saved their work because a signal asked them to stop.
     """
     plans = plan_local(config, command)
     log_dir = _log_dir(config)
@@ -126,14 +127,12 @@ def _log_dir(config: LocalConfig) -> Path:
     return config.log_dir
 
 
-def _explain(first: Exit, outcome: Outcome, rank: _Rank, config: LocalConfig) -> LaunchError:
-    asked = outcome.stopped_by
+def _explain(first: Exit, outcome: Outcome, rank: _Rank, config: LocalConfig) -> DistDecoderError:
+    asked, folder = outcome.stopped_by, rank.log.parent
     if first.code == StoppedError.exit_code:
-        error = LaunchError(
-            f"stopped after saving; the same command goes on; logs in {rank.log.parent}"
-        )
-    elif asked is not None and first.code == 128 + asked:
-        error = LaunchError(f"stopped by {asked.name}; logs in {rank.log.parent}")
+        return StoppedError(f"all work is saved; the same command goes on; logs in {folder}")
+    if asked is not None and first.code == 128 + asked:
+        error = LaunchError(f"stopped by {asked.name}; logs in {folder}")
     elif asked is not None and first.code == 128 + signal.SIGKILL:
         error = LaunchError(
             f"stopped by {asked.name}; rank {first.index} did not end within grace_s="

@@ -256,7 +256,7 @@ ready(); time.sleep(600)
     launcher.send_signal(signal.SIGTERM)
     code, _, err = finish(launcher)
     assert code == 75
-    assert "stopped after saving" in err
+    assert err.startswith("stopped: all work is saved")
     assert "failed" not in err
 
 
