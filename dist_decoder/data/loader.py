@@ -18,8 +18,9 @@ import torch
 
 from dist_decoder.batch import Batch
 from dist_decoder.config.train import SourcesConfig
+from dist_decoder.data.members import Members, TargetName
 from dist_decoder.data.order import Order, own_positions, wanted_kinds
-from dist_decoder.data.samples import Members, TargetName, open_samples
+from dist_decoder.data.samples import open_samples
 from dist_decoder.data.sources import choose_subjects, read_indexes, wanted_entries
 from dist_decoder.data.tar_reader import TarReader
 from dist_decoder.data.targets import image_ids, read_targets

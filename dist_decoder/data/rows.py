@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from dist_decoder.data.samples import POOLED, TOKENS, Members, TargetName
+from dist_decoder.data.members import POOLED, TOKENS, Members, TargetName
 from dist_decoder.data.sources import (
     EVALUATION_SPLITS,
     Kind,

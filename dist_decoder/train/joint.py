@@ -10,7 +10,7 @@ import torch
 from dist_decoder import dist
 from dist_decoder.config.train import TrainConfig
 from dist_decoder.data.loader import Loader
-from dist_decoder.data.samples import TargetName
+from dist_decoder.data.members import TargetName
 from dist_decoder.data.sources import choose_subjects
 from dist_decoder.data.targets import read_targets
 from dist_decoder.dist import World, run_on_first

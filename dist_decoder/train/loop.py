@@ -24,8 +24,8 @@ from dist_decoder.config.train import (
     OptimConfig,
     SourcesConfig,
 )
+from dist_decoder.data.members import TargetName
 from dist_decoder.data.order import own_positions
-from dist_decoder.data.samples import TargetName
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.dist import World, any_rank, broadcast_object, sum_over_ranks
 from dist_decoder.errors import CheckpointError, StoppedError, TrainingError

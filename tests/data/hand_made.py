@@ -73,7 +73,7 @@ def write_shards(
         made.statistics["tokens_mean_TD"] = rng.normal(size=TOKEN_SHAPE).astype(np.float32)
         made.statistics["tokens_scale"] = np.array(0.6, np.float32)
     buffer = io.BytesIO()
-    np.savez(buffer, **made.statistics)
+    np.savez(buffer, **made.statistics)  # type: ignore[arg-type]
     (path / "targets.npz").write_bytes(buffer.getvalue())
     _write_json(path / "manifest.json", _manifest(made, sources, tokens, buffer.getvalue()))
     return made
