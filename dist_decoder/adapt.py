@@ -15,7 +15,7 @@ import torch
 from dist_decoder import dist
 from dist_decoder.config.train import AdaptConfig, LossConfig, SourcesConfig
 from dist_decoder.data.loader import Loader
-from dist_decoder.data.samples import TargetName
+from dist_decoder.data.members import TargetName
 from dist_decoder.data.sources import choose_subjects
 from dist_decoder.data.targets import TargetStatistics, read_targets
 from dist_decoder.dist import World, run_on_first
@@ -194,7 +194,7 @@ def _job(
         folder=folder,
         decoder=decoder,
         batches=batches,
-        validation=validation_of(data, (config.subject,)),
+        validation=validation_of(data, (config.subject,), distractors=True),
         document=document,
         targets=targets,
         data=data,

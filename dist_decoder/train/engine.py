@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -154,39 +155,50 @@ class Engine:
         Raises:
             CheckpointError: a trainable parameter or a kind of state is absent.
         """
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         self.optimizer.start_state(self._flat_masters(), step)
         self._link()
         for name in self.names:
             for kind in self.state_kinds:
                 if name not in states or kind not in states[name]:
                     raise CheckpointError(f"the checkpoint has no {kind} of {name}")
-                value = states[name][kind].to(self.world.device)
-                if name in self._masters:
-                    master = self._masters[name]
-                    target = master if kind == "master" else self.optimizer.state[master][kind]
-                    target.data.copy_(value)
-                elif kind == "master":
-                    safe_set_full_fp32_param(self._parameters[name], value)
-                else:
-                    safe_set_full_optimizer_state(self._parameters[name], value, kind)
+                self._write(name, kind, states[name][kind].to(self.world.device))
 
     def close(self) -> None:
         """Take DeepSpeed's hooks down; without this a rank on CPU may abort while it exits."""
         self.deepspeed.destroy()
 
     def _start(self, exact: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
         # bf16 masters were made from rounded weights: give them the exact ones.
         for name, value in exact.items():
-            if name in self._masters:
-                self._masters[name].data.copy_(value)
-            elif name in self._parameters:
-                safe_set_full_fp32_param(self._parameters[name], value.to(self.world.device))
+            if name in self._parameters:
+                self._write(name, "master", value.to(self.world.device))
         self.optimizer.start_state(self._flat_masters())
         self._link()
+
+    def _write(self, name: str, kind: str, value: Tensor) -> None:
+        from deepspeed import utils
+
+        parameter = self._parameters[name]
+        if name in self._masters:
+            master = self._masters[name]
+            target = master if kind == "master" else self.optimizer.state[master][kind]
+            target.data.copy_(value)
+            return
+        if self.config.zero_stage == 3:
+            # DeepSpeed's own cutting fails where the world size does not divide the parameter.
+            size = parameter.ds_tensor.ds_numel
+            flat = torch.nn.functional.pad(
+                value.flatten(), (0, size * self.world.size - value.numel())
+            )
+            own = flat.narrow(0, size * self.world.rank, size)
+            if kind == "master":
+                utils.safe_set_local_fp32_param(parameter, own)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, own, kind)
+        elif kind == "master":
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, kind)
 
     def _flat_masters(self) -> list[Tensor]:
         outer = self.deepspeed.optimizer
@@ -223,6 +235,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch is about to retire.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger

@@ -35,6 +35,7 @@ class Logs:
         self._bar: Any = None
         if not active:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         cut_metrics(folder, start_step)
         self._file = (folder / METRICS_NAME).open("a", encoding="utf-8")
         if config.tensorboard:

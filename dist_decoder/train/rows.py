@@ -31,22 +31,29 @@ def subject_rows(
 
 
 def validation_of(
-    data: SourcesConfig, subjects: tuple[str, ...]
+    data: SourcesConfig, subjects: tuple[str, ...], distractors: bool = False
 ) -> Callable[[Decoder], dict[str, float]]:
-    """Return a function that validates a decoder; the rows are read at its first call and kept."""
-    kept: dict[str, SubjectRows] = {}
+    """Return a function that validates a decoder; the rows are read at its first call and kept.
+
+    Args:
+        data: shards and sessions.
+        subjects: whose rows.
+        distractors: put the training images of a subject into its pool too.
+    """
+    kept: list[dict[str, SubjectRows]] = []
+
+    def read(split: SplitName) -> dict[str, SubjectRows]:
+        return read_rows(
+            data.shards,
+            split,
+            subjects=subjects,
+            max_sessions=data.max_sessions,
+            allow_holdout=True,
+        )
 
     def run(decoder: Decoder) -> dict[str, float]:
         if not kept:
-            kept.update(
-                read_rows(
-                    data.shards,
-                    "validation",
-                    subjects=subjects,
-                    max_sessions=data.max_sessions,
-                    allow_holdout=True,
-                )
-            )
-        return validate(decoder, kept)
+            kept.extend([read("validation"), read("train") if distractors else {}])
+        return validate(decoder, *kept)
 
     return run
