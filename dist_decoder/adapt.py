@@ -37,7 +37,7 @@ from dist_decoder.train.checkpoint import (
 )
 from dist_decoder.train.joint import subject_infos
 from dist_decoder.train.loop import Job, fit
-from dist_decoder.train.rows import subject_rows, validation_of
+from dist_decoder.train.rows import subject_rows, subjects_with_rows, validation_of
 from dist_decoder.train.run_folder import (
     METRICS_NAME,
     config_fingerprint,
@@ -135,6 +135,11 @@ def check_fits(
             f"{config.subject} was in the joint training of {base.folder}: adapting to it would "
             "not show what a new subject gets. Hold it out (split.holdout), or pick another one"
         )
+    if len(config.lrs) > 1 and not subjects_with_rows(manifest, [config.subject], "validation"):
+        raise ConfigError(
+            f"{config.subject} has no validation images to choose between {len(config.lrs)} "
+            "learning rates by: give one in lrs, or set split.validation_prob above 0"
+        )
     if manifest.encoder != base.encoder:
         raise ConfigError(
             f"{config.data.shards} holds targets of encoder {manifest.encoder.id}, the base "
@@ -194,7 +199,7 @@ def _job(
         folder=folder,
         decoder=decoder,
         batches=batches,
-        validation=validation_of(data, (config.subject,), distractors=True),
+        validation=validation_of(data, manifest, (config.subject,), world, distractors=True),
         document=document,
         targets=targets,
         data=data,

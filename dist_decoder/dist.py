@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def start(device: str = "auto", timeout_s: int = 1800) -> World:
             torch_dist.init_process_group(
                 backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
+            atexit.register(_leave)
         return World(torch_dist.get_rank(), torch_dist.get_world_size(), chosen)
     missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
     if missing:
@@ -78,7 +80,16 @@ def pick_device(device: str) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group. Without this, a rank on CPU now and then aborts while it exits."""
+    """Leave the process group. Without this, a rank on CPU now and then aborts while it exits.
+
+    The group of a single rank stays until the process ends: DeepSpeed remembers the first group
+    it sees, so a second run in one process must find the same.
+    """
+    if "RANK" in os.environ:
+        _leave()
+
+
+def _leave() -> None:
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
 

@@ -186,7 +186,7 @@ class Engine:
             return
         if self.config.zero_stage == 3:
             # DeepSpeed's own cutting fails where the world size does not divide the parameter.
-            size = parameter.ds_tensor.ds_numel
+            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
             flat = torch.nn.functional.pad(
                 value.flatten(), (0, size * self.world.size - value.numel())
             )

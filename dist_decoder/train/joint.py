@@ -117,7 +117,7 @@ def _job(config: TrainConfig, world: World) -> Job:
         folder=config.run,
         decoder=decoder,
         batches=batches,
-        validation=validation_of(config.data, tuple(subjects)),
+        validation=validation_of(config.data, manifest, subjects, world),
         document=document,
         targets=read_targets(storage, manifest),
         data=config.data,

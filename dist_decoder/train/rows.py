@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dist_decoder.config.train import SourcesConfig
 from dist_decoder.data.rows import SubjectRows, read_rows
-from dist_decoder.formats import SplitName
+from dist_decoder.dist import World
+from dist_decoder.errors import DataError
+from dist_decoder.formats import Manifest, SplitName
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.train.validate import validate
 
@@ -30,30 +32,60 @@ def subject_rows(
     return read
 
 
+def subjects_with_rows(
+    manifest: Manifest, subjects: Sequence[str], split: SplitName
+) -> tuple[str, ...]:
+    """Return the subjects that have measured rows of a split; some policies leave none."""
+    return tuple(
+        subject
+        for subject in subjects
+        if any(
+            entry.split == split
+            and entry.kind == "measured"
+            and subject.partition("/")[0] == entry.dataset
+            and entry.rows.get(subject.partition("/")[2], 0) > 0
+            for entry in manifest.sources
+        )
+    )
+
+
 def validation_of(
-    data: SourcesConfig, subjects: tuple[str, ...], distractors: bool = False
+    data: SourcesConfig,
+    manifest: Manifest,
+    subjects: Sequence[str],
+    world: World,
+    distractors: bool = False,
 ) -> Callable[[Decoder], dict[str, float]]:
-    """Return a function that validates a decoder; the rows are read at its first call and kept.
+    """Return a function that validates a decoder on rank 0, with rows read now.
 
     Args:
         data: shards and sessions.
-        subjects: whose rows.
+        manifest: of the shards.
+        subjects: whose rows; those without validation images are left out.
+        world: other ranks than the first read nothing.
         distractors: put the training images of a subject into its pool too.
     """
-    kept: list[dict[str, SubjectRows]] = []
+    names = subjects_with_rows(manifest, subjects, "validation")
 
     def read(split: SplitName) -> dict[str, SubjectRows]:
-        return read_rows(
-            data.shards,
-            split,
-            subjects=subjects,
-            max_sessions=data.max_sessions,
-            allow_holdout=True,
-        )
+        if not names or not world.is_first:
+            return {}
+        try:
+            return read_rows(
+                data.shards,
+                split,
+                subjects=names,
+                max_sessions=data.max_sessions,
+                allow_holdout=True,
+            )
+        except DataError as error:
+            error.add_note(f"while reading the {split} rows for validation")
+            raise
+
+    rows = read("validation")
+    others = read("train") if distractors else {}
 
     def run(decoder: Decoder) -> dict[str, float]:
-        if not kept:
-            kept.extend([read("validation"), read("train") if distractors else {}])
-        return validate(decoder, *kept)
+        return validate(decoder, rows, others)
 
     return run
