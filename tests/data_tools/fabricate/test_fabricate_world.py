@@ -62,7 +62,7 @@ def test_log_ratio_is_the_closed_form_in_the_linear_world() -> None:
     draw = np.random.default_rng(0)
     gallery = world.latents([f"coco:{i}" for i in range(9)], [i % 3 for i in range(9)])
     y = model.respond(gallery, draw)
-    n_dMK = bayes._posterior_draws(model, y, 8192, draw)
+    n_dMK = bayes._posterior_draws(model, y, bayes._normal_points(6, 8192, draw))
     found = bayes._log_ratio(n_dMK, gallery, world.config.tau**2)
     # y | z is Gaussian: mean W z, covariance Sigma + tau^2 W W'
     covariance = np.diag(model.sigma_V**2) + world.config.tau**2 * (
