@@ -46,22 +46,36 @@ $(VENV)/.dist-decoder-installed: setup.cfg pyproject.toml constraints.txt
 	  $(PIP_ARGS) -c constraints.txt -e '.[all]'
 	touch $@
 
+# data/demo and runs/demo are links to the folders of the chosen world, so that every configuration
+# below configs/ names the same paths for every SEED. Each command returns at once when its work is
+# done, and goes on where it stopped when it was interrupted.
 demo: $(INSTALLED)  ## fabricated datasets -> store -> shards -> training -> report, in minutes
-	$(DATA_TOOLS) fabricate configs/data/demo.yaml seed=$(SEED)
-	$(DATA_TOOLS) ingest configs/data/demo.yaml seed=$(SEED)
-	$(DATA_TOOLS) split configs/data/demo.yaml seed=$(SEED)
-	$(DATA_TOOLS) embed configs/data/demo.yaml seed=$(SEED)
-	$(DATA_TOOLS) synthesise configs/data/demo.yaml seed=$(SEED)
-	$(DATA_TOOLS) shard configs/data/demo.yaml seed=$(SEED)
-	$(LAUNCH) ranks=2 -- dist-decoder train configs/train/demo.yaml seed=$(SEED)
-	for dataset in nsd bold5000 god; do \
-	  $(LAUNCH) ranks=2 -- dist-decoder train configs/train/demo.yaml seed=$(SEED) \
-	    run=runs/demo/single-$$dataset data.datasets="[$$dataset]"; \
+	@for folder in data runs; do \
+	  if [ -e $$folder/demo ] && [ ! -L $$folder/demo ]; then \
+	    echo "$$folder/demo was not made by 'make demo': move it away first" >&2; exit 2; \
+	  fi; \
+	  mkdir -p $$folder/demo-seed$(SEED); ln -sfn demo-seed$(SEED) $$folder/demo; \
 	done
-	$(DECODER) adapt configs/adapt/demo.yaml seed=$(SEED)
-	$(DECODER) adapt configs/adapt/demo.yaml seed=$(SEED) start=scratch run=runs/demo/scratch
-	$(DECODER) evaluate configs/evaluate/demo.yaml
+	for verb in fabricate ingest split embed synthesise shard; do \
+	  $(DATA_TOOLS) $$verb configs/data/demo.yaml seed=$(SEED); \
+	done
+	$(LAUNCH) ranks=2 -- dist-decoder train configs/train/demo.yaml seed=$(SEED)
+	$(MAKE) --jobs=2 --output-sync=target --no-print-directory demo-others SEED=$(SEED)
+	$(DECODER) evaluate configs/evaluate/demo.yaml seed=$(SEED)
 	$(DECODER) report configs/report/demo.yaml
+	@echo "report: runs/demo/report/report.html"
+
+# What the joint model is compared with: the same decoder on one dataset alone, and the new subject
+# adapted and from scratch. One rank each, two at a time.
+SINGLES := single-nsd single-bold5000 single-god
+.PHONY: demo-others $(SINGLES) adapted scratch
+demo-others: $(SINGLES) adapted scratch
+$(SINGLES): single-%:
+	$(DECODER) train configs/train/demo.yaml seed=$(SEED) run=runs/demo/$@ data.datasets="[$*]"
+adapted:
+	$(DECODER) adapt configs/adapt/demo.yaml seed=$(SEED)
+scratch:
+	$(DECODER) adapt configs/adapt/scratch.yaml seed=$(SEED)
 
 test: lint  ## lint, then every test that this machine can run
 	$(PYTHON) -m pytest
@@ -79,5 +93,5 @@ bench: $(INSTALLED)  ## run every benchmark; figures go to stdout
 	for benchmark in benchmarks/*.py; do PYTHONPATH=. $(PYTHON) "$$benchmark"; done
 
 clean:  ## remove caches and what `make demo` wrote; .venv stays
-	rm -rf data/demo runs/demo build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf data/demo data/demo-seed* runs/demo runs/demo-seed* build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
