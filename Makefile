@@ -30,7 +30,7 @@ LAUNCH := $(PYTHON) -m launchers local
 # One thread a process: two ranks share two cores, and sums come out in the same order anywhere.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo miyawaki2008 test lint format bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 12
@@ -76,6 +76,22 @@ adapted:
 	$(DECODER) adapt configs/adapt/demo.yaml seed=$(SEED)
 scratch:
 	$(DECODER) adapt configs/adapt/scratch.yaml seed=$(SEED)
+
+miyawaki2008: $(INSTALLED)  ## the same path on measured fMRI: five figures, leave one run out
+	for verb in ingest split embed; do \
+	  $(DATA_TOOLS) $$verb configs/data/miyawaki2008.yaml; \
+	done
+	for fold in 1 2 3 4; do \
+	  shards=data/miyawaki2008/shards-run$$fold; run=runs/miyawaki2008/run$$fold; \
+	  $(DATA_TOOLS) split configs/data/miyawaki2008.yaml split.test_run=$$fold; \
+	  $(DATA_TOOLS) shard configs/data/miyawaki2008.yaml split.test_run=$$fold \
+	    shards_name=shards-run$$fold; \
+	  $(DECODER) train configs/train/miyawaki2008.yaml run=$$run data.shards=$$shards; \
+	  $(DECODER) evaluate configs/evaluate/miyawaki2008.yaml shards=$$shards \
+	    output=runs/miyawaki2008/evaluation-run$$fold "models=[{model: joint, run: $$run}]"; \
+	done
+	$(DECODER) report configs/report/miyawaki2008.yaml
+	@echo "report: runs/miyawaki2008/report/report.html"
 
 test: lint  ## lint, then every test that this machine can run
 	$(PYTHON) -m pytest

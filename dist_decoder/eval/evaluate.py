@@ -34,6 +34,7 @@ from dist_decoder.eval.retrieval import (
 )
 
 SHUFFLES = 20
+SHUFFLED_QUERIES = 10_000
 """Permutations that the shuffled control averages."""
 
 
@@ -186,13 +187,15 @@ def tables(
 
 
 def shuffled_tables(
-    trials: SubjectTrials, scores: Scores, output: str, seed: int, shuffles: int = SHUFFLES
+    trials: SubjectTrials, scores: Scores, output: str, seed: int
 ) -> list[QueryTable]:
     """Return the control: the same predictions, each brain given to an image at random.
 
-    Values are means over ``shuffles`` permutations. Anything but chance means that the ranking
-    knows the image without looking at the brain.
+    Values are means over ``SHUFFLES`` permutations, more where a subject has few trials, so that
+    the draw of the permutations adds little to the interval. Anything but chance means that the
+    ranking knows the image without looking at the brain.
     """
+    shuffles = max(SHUFFLES, -(-SHUFFLED_QUERIES // len(trials.own_N)))
     sums: dict[str, NDArray[np.float64]] = {}
     for draw in range(shuffles):
         shuffled_N = shuffled_brains(trials.own_N, trials.repetition_N, seed, trials.name, draw)
