@@ -71,7 +71,8 @@ SINGLES := single-nsd single-bold5000 single-god
 .PHONY: demo-others $(SINGLES) adapted scratch
 demo-others: $(SINGLES) adapted scratch
 $(SINGLES): single-%:
-	$(DECODER) train configs/train/demo.yaml seed=$(SEED) run=runs/demo/$@ data.datasets="[$*]"
+	$(DECODER) train configs/train/demo.yaml seed=$(SEED) run=runs/demo/$@ data.datasets="[$*]" \
+	  checkpoint.every_steps=100
 adapted:
 	$(DECODER) adapt configs/adapt/demo.yaml seed=$(SEED)
 scratch:

@@ -22,7 +22,7 @@ from dist_decoder.config.progress import progress
 from dist_decoder.errors import ConfigError, DataError
 from dist_decoder.storage import atomic_write_bytes, exclusive, json_bytes
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raised when the same configuration gives other files."""
 STARTED, COMPLETE = "STARTED", "COMPLETE"
 GROUND_TRUTH = "ground_truth.json"

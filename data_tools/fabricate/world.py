@@ -28,7 +28,7 @@ GRID = 8
 GREY = 128.0
 CONTRAST = 60.0
 """Grey levels per unit of a block's value."""
-NUM_TOKENS = 8
+NUM_TOKENS = 4
 TOKEN_DIM = 32
 TEMPLATE_DIRECTIONS = 64
 """Voxel directions that all subjects share."""
