@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from dist_decoder.config.commandline import add_verb, make_app, run_app
@@ -10,22 +12,15 @@ from dist_decoder.config.data import DataConfig
 app = make_app("data-tools", "Turn raw fMRI datasets into one store and into training shards.")
 
 
-def _describe_fabricate(result: Any) -> str:
-    from data_tools.fabricate.run import describe_fabricate
+def _lazily(path: str) -> Callable[[Any], str]:
+    """Return the function ``module:name`` that turns a result into text, imported when called."""
 
-    return describe_fabricate(result)
+    def render(result: Any) -> str:
+        module, _, name = path.partition(":")
+        text: str = getattr(importlib.import_module(module), name)(result)
+        return text
 
-
-def _describe_ingest(result: Any) -> str:
-    from data_tools.ingest import describe_ingest
-
-    return describe_ingest(result)
-
-
-def _describe_check(result: Any) -> str:
-    from data_tools.check import describe_check
-
-    return describe_check(result)
+    return render
 
 
 def _check_failed(result: Any) -> bool:
@@ -39,60 +34,97 @@ add_verb(
     "fabricate",
     DataConfig,
     "data_tools.fabricate.run:fabricate",
-    "Write miniature datasets in the official layouts, with known truth.",
-    render=_describe_fabricate,
+    "Write miniature datasets in the official layouts, with known truth.\n\n"
+    "The files of NSD, BOLD5000 and GOD in small, below `output`/raw, with the best score that any "
+    "decoder can reach. One seed gives the same bytes. Example:\n\n"
+    "data-tools fabricate configs/data/demo.yaml seed=7",
+    render=_lazily("data_tools.fabricate.run:describe_fabricate"),
+    sections=("output", "seed", "fabricate"),
 )
 add_verb(
     app,
     "ingest",
     DataConfig,
     "data_tools.ingest:ingest",
-    "Read raw datasets into the store; finished sessions are kept.",
-    render=_describe_ingest,
+    "Read raw datasets into the store; finished sessions are kept.\n\n"
+    "Every trial table is checked before anything is written. Sessions whose files changed are "
+    "read again. Example:\n\n"
+    "data-tools ingest configs/data/demo.yaml",
+    render=_lazily("data_tools.ingest:describe_ingest"),
+    sections=("output", "datasets"),
 )
 add_verb(
     app,
     "split",
     DataConfig,
     "data_tools.splits:split",
-    "Divide images into train, validation and test over all datasets.",
+    "Divide images into train, validation and test.\n\n"
+    "Over all datasets at once: an image that one of them tests is trained on in none. Example:"
+    "\n\n"
+    "data-tools split configs/data/demo.yaml split.validation_prob=0.05",
+    render=_lazily("data_tools.splits:describe_split"),
+    sections=("output", "seed", "datasets", "split"),
 )
 add_verb(
     app,
     "embed",
     DataConfig,
     "data_tools.embed:embed",
-    "Embed every image of the store with the frozen encoder.",
+    "Embed every image of the store with the frozen encoder.\n\n"
+    "An interrupted call goes on where it stopped. Example:\n\n"
+    "data-tools embed my_lab.yaml embed.model=ViT-B-32 embed.pretrained=laion2b_s34b_b79k",
+    render=_lazily("data_tools.embed:describe_embed"),
+    sections=("output", "datasets", "embed"),
 )
 add_verb(
     app,
     "synthesise",
     DataConfig,
     "data_tools.synthesise:synthesise",
-    "Predict responses to unseen images by ridge encoding models.",
+    "Predict responses to unseen images by ridge encoding models.\n\n"
+    "Fitted on training rows only, one per subject that is not held out. Needs split and embed. "
+    "Example:\n\n"
+    "data-tools synthesise configs/data/demo.yaml",
+    render=_lazily("data_tools.synthesise:describe_synthesise"),
+    sections=("output", "seed", "datasets", "split", "embed", "synthesise", "shard"),
 )
 add_verb(
     app,
     "shard",
     DataConfig,
     "data_tools.shard:shard",
-    "Normalise, pack tars with an index, and write the manifest.",
-)
+    "Normalise, pack tars with an index, and write the manifest.\n\n"
+    "Needs split and embed, and synthesise if synthesise.images_per_subject is above 0. "
+    "Example:\n\n"
+    "data-tools shard configs/data/demo.yaml shard.normalise=run shards_name=by-run",
+    render=_lazily("data_tools.shard:describe_shard"),
+    sections=(
+        "output", "seed", "datasets", "split", "embed", "synthesise", "shard", "shards_name",
+    ),
+)  # fmt: skip
 add_verb(
     app,
     "check",
     DataConfig,
     "data_tools.check:check",
-    "Recompute what datasets declare, and the checksums of store and shards.",
-    render=_describe_check,
+    "Recompute what datasets declare, and all checksums.\n\n"
+    "Exit code 1: something differs; the first difference stands in the last line. Example:\n\n"
+    "data-tools check my_lab.yaml check.betas=first",
+    render=_lazily("data_tools.check:describe_check"),
     failed=_check_failed,
+    sections=("output", "datasets", "check", "shards_name"),
 )
 add_verb(
     app,
     "qc",
     DataConfig,
     "data_tools.qc:qc",
-    "Write one page on the quality of the betas before anyone trains.",
+    "Write one page per subject on the quality of the betas.\n\n"
+    "Session means and variances, dead voxels, noise ceiling and drift, below `output`/qc. "
+    "Example:\n\n"
+    "data-tools qc configs/data/demo.yaml",
+    render=_lazily("data_tools.qc:describe_qc"),
+    sections=("output", "datasets"),
 )
 
 

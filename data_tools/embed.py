@@ -6,6 +6,7 @@ Axes: B images of a batch, M images of a unit, E pooled width, T tokens, D token
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from dist_decoder.errors import DataError
 from dist_decoder.storage import exclusive
 
 
-def embed(config: DataConfig) -> dict[str, object]:
+def embed(config: DataConfig) -> dict[str, Any]:
     """Embed all images of the configured datasets (of the whole store when none is listed).
 
     An image that several datasets share is embedded once. Images that are embedded already are
@@ -55,6 +56,18 @@ def embed(config: DataConfig) -> dict[str, object]:
         "embedded_now": len(writer.sources) - start,
         "path": str(writer.path),
     }
+
+
+def describe_embed(result: dict[str, Any]) -> str:
+    """Return what was embedded and where it is, for people."""
+    shape = result["token_shape"]
+    tokens = f", tokens {' x '.join(str(size) for size in shape)}" if shape else ", no tokens"
+    kept = result["images"] - result["embedded_now"]
+    return (
+        f"encoder {result['encoder']}: pooled {result['pooled_dim']}{tokens}\n"
+        f"  {result['images']} images: {result['embedded_now']} embedded now, {kept} kept\n"
+        f"  {result['path']}"
+    )
 
 
 def _sources(store: Store, datasets: Sequence[str], encoder: Encoder) -> list[Source]:

@@ -200,6 +200,10 @@ def _checked_betas(
         )
     missing_NV = np.isnan(betas_NV)
     invalid_V = np.asarray(missing_NV.all(axis=0))
+    if invalid_V.all():
+        raise DataError(
+            f"{where}: every value of the session is NaN; repair the file, or leave the session out"
+        )
     for wrong_NV, what in (
         (missing_NV & ~invalid_V, "NaN"),
         (np.isinf(betas_NV), "infinite"),

@@ -61,6 +61,15 @@ def qc(config: DataConfig) -> dict[str, object]:
     }
 
 
+def describe_qc(result: dict[str, Any]) -> str:
+    """Return the flags of every subject, for people."""
+    lines = []
+    for name, flags in result["flags"].items():
+        lines.append(f"{name}: {'nothing to look at' if not flags else ''}".rstrip())
+        lines += [f"  {flag}" for flag in flags]
+    return "\n".join([*lines, f"pages: {result['index']}"])
+
+
 def find_flags(quality: SubjectQuality) -> list[str]:
     """Return what deserves a look before training, in words; empty if nothing does."""
     flags = []

@@ -92,6 +92,23 @@ def shard(config: DataConfig) -> dict[str, Any]:
     return _summary(manifest, journal.written, dead)
 
 
+def describe_shard(result: dict[str, Any]) -> str:
+    """Return what was packed, for people."""
+    lines = [
+        f"{result['shards']} tars, {result['bytes'] / 1e6:.1f} MB: {result['images']} images with "
+        f"{result['rows']} rows; {result['written']} written, {result['kept']} kept",
+        f"  manifest {result['manifest']}",
+    ]
+    for name, count in result["dead_voxels"].items():
+        lines.append(f"  {name}: {count} voxels without a value in some session or run; they are 0")
+    for name, count in result["fallback"].items():
+        lines.append(
+            f"  {name}: {count} sessions or runs without training rows, normalised by the "
+            "subject's statistics"
+        )
+    return "\n".join(lines)
+
+
 def _make_plan(config: DataConfig) -> _Plan:
     store = Store(config.store)
     split = read_split(store, config)

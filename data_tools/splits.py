@@ -120,6 +120,15 @@ def split(config: DataConfig) -> dict[str, Any]:
     }
 
 
+def describe_split(result: dict[str, Any]) -> str:
+    """Return the numbers of images and what is to be known about them, for people."""
+    numbers = ", ".join(f"{count} {name}" for name, count in result["num_images"].items())
+    lines = [f"split {result['policy']} (fingerprint {result['fingerprint']}): {numbers} images"]
+    if result["contaminated"]:
+        lines.append(f"  warning: {result['contaminated']} images are in training and in test")
+    return "\n".join([*lines, *(f"  {note}" for note in result["notes"])])
+
+
 def read_split(store: Store, config: DataConfig | None = None) -> Split:
     """Return the split of a store.
 

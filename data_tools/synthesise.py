@@ -97,6 +97,18 @@ def synthesise(config: DataConfig) -> dict[str, object]:
     return {"subjects": results}
 
 
+def describe_synthesise(result: dict[str, Any]) -> str:
+    """Return a table of the encoding models, for people."""
+    if not result["subjects"]:
+        return str(result["note"])
+    lines = [f"{'subject':24} {'synthetic rows':>14} {'cv R2':>7} {'residual SD':>11}"]
+    for name, made in result["subjects"].items():
+        lines.append(
+            f"{name:24} {made['rows']:14d} {made['cv_r2']:7.3f} {made['residual_std']:11.3f}"
+        )
+    return "\n".join(lines)
+
+
 def augmentation_images(
     store: Store, split: Split, dataset: str, subject: str, config: DataConfig
 ) -> list[str]:

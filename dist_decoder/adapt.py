@@ -79,9 +79,8 @@ def adapt(config: AdaptConfig) -> dict[str, Any] | None:
 
 
 def _open(config: AdaptConfig, held: ExitStack) -> dict[str, Any] | None:
-    finished = open_run(config, config.run, config.resume)
     held.enter_context(exclusive(config.run, "adaptation"))
-    return finished
+    return open_run(config, config.run, config.resume)
 
 
 def _try_rates(config: AdaptConfig, world: World) -> dict[str, Any]:
@@ -231,7 +230,7 @@ def _start_model(
             decoder,
             document.model.ridge_start,
             subject_rows(data, "train", allow_holdout=True),
-            config.run / "ridge-start",
+            config.run / "ridge-start" / document.manifest_fingerprint,
             world,
         )
     return decoder

@@ -40,7 +40,10 @@ add_verb(
     "adapt",
     AdaptConfig,
     "dist_decoder.commands.adapt:run",
-    "Adapt a trained decoder to a new subject from little data.",
+    "Adapt a trained decoder to a new subject from little data.\n\n"
+    "A new subject layer and low-rank adapters are trained, the rest stays as it is. The same "
+    "command goes on with an interrupted run. Example:\n\n"
+    "dist-decoder adapt configs/adapt/demo.yaml sessions=2",
     render=_lazy_render("dist_decoder.commands.adapt:render"),
 )
 
@@ -50,14 +53,19 @@ add_verb(
     "predict",
     PredictConfig,
     "dist_decoder.commands.predict:run",
-    "Turn betas, with or without images, into embeddings, tokens and retrieved images.",
+    "Turn betas, with or without images, into embeddings, tokens and retrieved images.\n\n"
+    "Example: dist-decoder predict predict.yaml betas=new_run.npy, where predict.yaml names `run`, "
+    "`subject` and `output`.",
+    render=_lazy_render("dist_decoder.commands.predict:render"),
 )
 add_verb(
     app,
     "evaluate",
     EvaluateConfig,
     "dist_decoder.commands.evaluate:run",
-    "Score models, the ridge baseline and a shuffled control on single test trials.",
+    "Score models, the ridge baseline and a shuffled control on single test trials.\n\n"
+    "Prints one score per dataset and model and writes all of them below `output`. Example:\n\n"
+    "dist-decoder evaluate configs/evaluate/demo.yaml bootstrap=500",
     render=_lazy_render("dist_decoder.commands.evaluate:render"),
 )
 add_verb(

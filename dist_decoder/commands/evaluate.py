@@ -32,7 +32,7 @@ from dist_decoder.eval.evaluate import (
 from dist_decoder.eval.evaluation import Evaluation, installed_versions, write_evaluation
 from dist_decoder.eval.gallery import Gallery, Retrieved, thumbnail
 from dist_decoder.eval.queries import QueryTable
-from dist_decoder.eval.retrieval import top_images
+from dist_decoder.eval.retrieval import BRAIN_TO_IMAGE, top_images
 from dist_decoder.eval.summary import ALL, Settings
 from dist_decoder.formats import Manifest, SplitName
 from dist_decoder.manifest import manifest_fingerprint, read_manifest
@@ -77,18 +77,37 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def render(content: dict[str, Any]) -> str:
-    """Return the rows over all subjects as text."""
-    header = f"{'dataset':12} {'model':9} {'output':7} {'metric':20} {'value':>6}  interval"
-    lines = [header]
+    """Return one line per dataset and model: ``brain_to_image_top1`` over all subjects.
+
+    The pooled embedding is shown, of a model without one its first output; ``report`` and
+    ``--json`` have all the rest.
+    """
+    lines = [
+        f"{BRAIN_TO_IMAGE}, single trials, all subjects of a dataset",
+        f"{'dataset':12} {'model':9} {'output':7} {'value':>6}  {'interval':14}  "
+        f"{'chance':>6} {'bayes':>6} {'pool':>6}",
+    ]
+    shown = set()
+    # In the order of the report: by dataset, then pooled before tokens and prior.
     for row in content["results"]:
-        if row["subject"] == ALL:
-            bayes = "" if row["bayes"] is None else f"  bayes {row['bayes']:.3f}"
-            lines.append(
-                f"{row['dataset']:12} {row['model']:9} {row['output']:7} {row['metric']:20} "
-                f"{row['value']:6.3f}  [{row['ci_low']:.3f}, {row['ci_high']:.3f}]  "
-                f"chance {row['chance']:.3f}{bayes}"
-            )
-    return "\n".join([*lines, *(f"warning: {text}" for text in content["warnings"])])
+        key = (row["dataset"], row["model"])
+        if row["subject"] == ALL and row["metric"] == BRAIN_TO_IMAGE and key not in shown:
+            shown.add(key)
+            lines.append(_line(row))
+    lines += [f"warning: {text}" for text in content["warnings"]]
+    lines.append(
+        f"{len(content['results'])} rows of scores; `dist-decoder report` shows all of them"
+    )
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    bayes = "" if row["bayes"] is None else f"{row['bayes']:.3f}"
+    interval = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+    return (
+        f"{row['dataset']:12} {row['model']:9} {row['output']:7} {row['value']:6.3f}  "
+        f"{interval:14}  {row['chance']:6.3f} {bayes:>6} {row['pool'] or '':>6}"
+    ).rstrip()
 
 
 class _Work:

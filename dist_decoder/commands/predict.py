@@ -69,6 +69,17 @@ def run(config: PredictConfig) -> dict[str, Any]:
     return _write(config, predictor, predicted, pool, found, names, seen)
 
 
+def render(result: dict[str, Any]) -> str:
+    """Return what was predicted and where it is, for people."""
+    lines = [
+        f"{result['rows']} rows decoded, nearest of {result['pool']} images by "
+        f"{', '.join(result['outputs']) or 'no output'}",
+        f"  embeddings: {result['predictions']}",
+        f"  retrieved images: {result['retrieved']}",
+    ]
+    return "\n".join([*lines, *([f"  picture: {result['sheet']}"] if "sheet" in result else [])])
+
+
 def _write(
     config: PredictConfig,
     predictor: Predictor,

@@ -96,7 +96,7 @@ def _explain(schema: type[Section], error: ValidationError, where: str) -> str:
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             near = _nearest(key, valid)
-            hint = f"; did you mean {near!r}?" if near else ""
+            hint = f"; did you mean {near!r}?" if near else _siblings(key, valid)
             lines.append(f"{where}: unknown key {key!r}{hint}")
         else:
             lines.append(f"{where}: {key or '(root)'}: {problem['msg']}")
@@ -114,6 +114,12 @@ def _nearest(key: str, valid: Sequence[str]) -> str | None:
     by_leaf = {name.rpartition(".")[2]: name for name in valid}
     found = difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.6)
     return by_leaf[found[0]] if found else None
+
+
+def _siblings(key: str, valid: Sequence[str]) -> str:
+    section = ".".join(part for part in key.split(".") if not part.isdigit()).rpartition(".")[0]
+    names = [name.rpartition(".")[2] for name in valid if name.rpartition(".")[0] == section]
+    return f"; {section or 'the file'} may hold {', '.join(names)}" if names else ""
 
 
 def _dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:

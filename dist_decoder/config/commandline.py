@@ -35,7 +35,7 @@ from typer.core import TyperCommand
 from dist_decoder.config.base import Section, load_config
 from dist_decoder.config.keys import key_table
 from dist_decoder.config.progress import Progress, progress
-from dist_decoder.errors import DistDecoderError, StoppedError
+from dist_decoder.errors import ConfigError, DistDecoderError, StoppedError
 
 __all__ = [
     "EXIT_CHECK_FAILED",
@@ -91,6 +91,7 @@ def add_verb(
     config_required: bool = True,
     render: Callable[[Any], str] | None = None,
     failed: Callable[[Any], bool] | None = None,
+    sections: Sequence[str] = (),
 ) -> None:
     """Add ``name CONFIG [key=value ...] [--json]`` to a console command.
 
@@ -104,10 +105,12 @@ def add_verb(
         config_required: False lets the verb run on overrides alone.
         render: result -> text for people; None prints paths and mappings plainly.
         failed: result -> True if the exit code is 1 although the verb ran to its end.
+        sections: first parts of the keys that this verb reads, for ``--help``; empty shows all.
     """
 
     class Command(VerbCommand):
         verb_schema = schema
+        verb_sections = tuple(sections)
 
     optional = "" if config_required else " Optional."
 
@@ -134,23 +137,30 @@ def add_verb(
             failed=failed,
         )
 
-    app.command(name, cls=Command, help=description)(verb)
+    # Without short_help the list of verbs would cut the sentence.
+    first = description.partition("\n")[0]
+    app.command(name, cls=Command, help=description, short_help=first)(verb)
 
 
 class VerbCommand(TyperCommand):
     """A verb whose help ends in the table of its configuration keys."""
 
     verb_schema: type[Section]
+    verb_sections: tuple[str, ...] = ()
 
     # The types are click's in old typer and typer's own in new typer: hence Any.
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         super().format_epilog(ctx, formatter)
         with formatter.section("Keys of CONFIG and of KEY.PATH=VALUE"):
             for row in key_table(self.verb_schema):
+                if self.verb_sections and row.key.split(".")[0] not in self.verb_sections:
+                    continue
                 formatter.write_text(row.title)
                 if row.text:
                     with formatter.indentation():
                         formatter.write_text(row.text)
+            if self.verb_sections:
+                formatter.write_text("Keys of the other verbs may stand in the same file.")
 
 
 def run_verb(
@@ -174,6 +184,8 @@ def run_verb(
     try:
         if config is not None and not config_required and _is_override(config):
             overrides, config = (str(config), *overrides), None
+        if config is not None and _is_override(config):
+            raise ConfigError(f"a YAML file comes before overrides such as {str(config)!r}")
         # The configuration comes first: its errors must not wait for a slow import.
         values = load_config(schema, config, overrides)
         result = _resolve(function)(values)

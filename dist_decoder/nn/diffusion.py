@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
 from dist_decoder.config.train import PriorConfig
 from dist_decoder.nn.keyed import SampleKeys
 from dist_decoder.nn.prior import PriorNetwork
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -66,6 +69,9 @@ class DiffusionPrior(nn.Module):
 
 def make_scheduler(timesteps: int) -> DDPMScheduler:
     """Return the cosine schedule: f(i) = cos^2((i/T + .008) / 1.008 * pi/2), beta <= .999."""
+    # Seconds to import: an error in the configuration must not wait for it.
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
     return DDPMScheduler(
         num_train_timesteps=timesteps,
         beta_schedule="squaredcos_cap_v2",

@@ -65,13 +65,12 @@ def subject_infos(manifest: Manifest, subjects: tuple[str, ...]) -> dict[str, Su
 
 
 def _is_finished(config: TrainConfig, held: ExitStack) -> bool:
-    summary = open_run(config, config.run, config.resume)
     try:
         held.enter_context(exclusive(config.run, "training"))
     except StorageError as error:
         error.add_note("is another `dist-decoder train` of this run still alive?")
         raise
-    return summary is not None
+    return open_run(config, config.run, config.resume) is not None
 
 
 def _finished_summary(config: TrainConfig) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def _job(config: TrainConfig, world: World) -> Job:
             decoder,
             config.model.ridge_start,
             subject_rows(config.data, "train"),
-            config.run / "start",
+            config.run / "start" / manifest_fingerprint(manifest),
             world,
         )
     document = CheckpointDocument(

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from dist_decoder.config.train import LogConfig
+from dist_decoder.files import explained
 from dist_decoder.train.run_folder import METRICS_NAME, cut_metrics
 
 
@@ -35,13 +36,16 @@ class Logs:
         self._bar: Any = None
         if not active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        cut_metrics(folder, start_step)
-        self._file = (folder / METRICS_NAME).open("a", encoding="utf-8")
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        self._path = folder / METRICS_NAME
+        with explained(folder, "written"):
+            folder.mkdir(parents=True, exist_ok=True)
+            cut_metrics(folder, start_step)
+            # Unbuffered: nothing is left over that closing could fail to write.
+            self._file = self._path.open("ab", buffering=0)
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         if self._stream.isatty():
             self._bar = _make_bar(self._stream)
             self._task = self._bar.add_task("train", total=total_steps, completed=start_step)
@@ -69,11 +73,12 @@ class Logs:
         """Log flat values of one step everywhere."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with explained(self._path, "written"):
+            self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            with explained(self._path.parent / "tensorboard", "written"):
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
         text = " ".join(f"{_short(name)} {value:.4g}" for name, value in values.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -20,12 +21,20 @@ from typing import Any
 
 from dist_decoder.config.base import Section, fingerprint, load_config, to_yaml
 from dist_decoder.errors import ConfigError, RunError
+from dist_decoder.files import explained
 from dist_decoder.storage import atomic_write_bytes, atomic_write_json
+from dist_decoder.train.canonical import checkpoints_of
 
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
+
+_LEFTOVERS = (
+    CONFIG_NAME, ENVIRONMENT_NAME, METRICS_NAME, "tensorboard", "checkpoints", "start",
+    "ridge-start",
+)  # fmt: skip
+"""What a start may leave before its first checkpoint."""
 
 _FREE_KEYS = ("run", "resume", "engine", "checkpoint", "log", "data.workers", "data.cache_mb")
 """May change between a run and its continuation: they change no number of the result beyond
@@ -38,6 +47,10 @@ _PACKAGES = (
 
 def open_run(config: Section, folder: Path, resume: str) -> dict[str, Any] | None:
     """Make the folder ready for a start or a continuation.
+
+    A start that ended before its first checkpoint (shards not found, sizes that do not fit) has
+    no claim on the folder: another configuration begins afresh in it, whatever ``resume`` says.
+    The caller holds the lock of the folder.
 
     Args:
         config: resolved; saved in the folder at the first start.
@@ -59,17 +72,22 @@ def open_run(config: Section, folder: Path, resume: str) -> dict[str, Any] | Non
                 f"run folder {folder} is not empty and holds no {CONFIG_NAME} (it holds "
                 f"{', '.join(strangers[:3])}): choose another `run`"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        _note_environment(folder)
-        atomic_write_bytes(path, to_yaml(config).encode())
+        _begin(config, folder)
         return None
-    if resume == "never":
+    trained = _is_trained(folder)
+    if resume == "never" and trained:
         raise RunError(f"{folder} holds a run already and resume=never: choose another `run`")
     try:
         before = load_config(type(config), path)
     except ConfigError as error:
-        raise RunError(f"{path} is of another version of dist-decoder: {error}") from error
+        raise RunError(
+            f"{path} is of another command or version of dist-decoder: {error}"
+        ) from error
     changed = changed_keys(before, config)
+    if changed and not trained:
+        _clear(folder)
+        _begin(config, folder)
+        return None
     if changed:
         raise RunError(
             f"{folder} belongs to another configuration; changed: {', '.join(changed)}. Choose "
@@ -79,6 +97,30 @@ def open_run(config: Section, folder: Path, resume: str) -> dict[str, Any] | Non
     if finished is None:
         _note_environment(folder)
     return finished
+
+
+def _begin(config: Section, folder: Path) -> None:
+    with explained(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+    _note_environment(folder)
+    atomic_write_bytes(folder / CONFIG_NAME, to_yaml(config).encode())
+
+
+def _is_trained(folder: Path) -> bool:
+    """Return whether a start got as far as a checkpoint; of ``adapt``, in a folder per rate."""
+    places = [folder, *folder.glob("lr-*")]
+    return read_summary(folder) is not None or any(
+        checkpoints_of(place / "checkpoints") for place in places
+    )
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name in _LEFTOVERS or path.name.startswith("lr-"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def config_fingerprint(config: Section) -> str:

@@ -281,6 +281,10 @@ def test_contaminated_split_is_told(tmp_path):
 
 def test_rendered_text_names_the_rows(content):
     text = render(content)
-    assert "alpha        joint     pooled  brain_to_image_top1" in text
-    assert "bayes 0.970" in text
+    assert "alpha        joint     pooled  " in text
+    assert " 0.970 " in text
+    assert "image_to_brain" not in text
+    scored = [line.split()[:2] for line in text.splitlines() if "pooled" in line]
+    assert len(scored) == len({tuple(pair) for pair in scored})
+    assert text.splitlines()[-1].startswith(f"{len(content['results'])} rows of scores")
     assert uid("alpha", "test", 0) not in text

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from dist_decoder.config import progress as progress_module
 from dist_decoder.config.base import Section
@@ -192,3 +193,24 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
         counter.advance(3)
     assert "embed [nsd]" in stream.getvalue()
     assert "3/3" in stream.getvalue()
+
+
+def test_help_shows_whole_sentences_and_the_keys_of_the_verb() -> None:
+    from data_tools.cli import app
+
+    runner = CliRunner()
+    overview = runner.invoke(app, ["--help"]).output
+    assert "with known" in overview
+    assert "..." not in overview.partition("Commands:")[2]
+    text = runner.invoke(app, ["embed", "--help"]).output
+    assert "embed.pretrained" in text
+    assert "fabricate.tau" not in text
+    assert "other verbs" in text
+
+
+def test_overrides_without_a_file_are_told_apart_from_a_missing_file() -> None:
+    from data_tools.cli import app
+
+    done = CliRunner().invoke(app, ["shard", "output=x"])
+    assert done.exit_code == 2
+    assert "a YAML file comes before overrides such as 'output=x'" in done.output

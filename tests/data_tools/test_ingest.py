@@ -132,6 +132,7 @@ def test_bad_betas_are_named(tmp_path: Path) -> None:
         (lambda betas: betas[:, 1:], r"shape \(12, 4\); trial and voxel table say \(12, 5\)"),
         (lambda betas: betas[1:], r"shape \(11, 5\)"),
         (lambda betas: betas.astype(np.float64), "betas are float64"),
+        (lambda betas: np.full_like(betas, np.nan), "every value of the session is NaN"),
     ):
         changed = reader_with(
             betas=lambda self, *place, change=change: change(TinyDataset.betas(self, *place))

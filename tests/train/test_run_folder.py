@@ -12,6 +12,13 @@ from dist_decoder.train.logs import Logs
 from dist_decoder.train.run_folder import cut_metrics, open_run, write_summary
 
 
+def trained(run: Path) -> None:
+    """Leave what a start leaves that reached its first checkpoint."""
+    checkpoint = run / "checkpoints" / "step-0000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").write_text("{}")
+
+
 def config(run: Path, **changes: object) -> TrainConfig:
     values = {"run": run, "data": {"shards": "x"}, "optim": {"steps": 5}, **changes}
     return TrainConfig.model_validate(values)
@@ -29,6 +36,7 @@ def test_first_start_saves_config_and_environment(tmp_path: Path) -> None:
 
 def test_free_keys_may_change_and_others_are_named(tmp_path: Path) -> None:
     open_run(config(tmp_path), tmp_path, "auto")
+    trained(tmp_path)
     free = config(
         tmp_path, engine={"zero_stage": 0}, log={"every_steps": 2}, checkpoint={"keep_last": 1},
         data={"shards": "x", "workers": 0, "cache_mb": 1},
@@ -45,10 +53,29 @@ def test_used_and_strange_folders_are_refused(tmp_path: Path) -> None:
         open_run(config(tmp_path), tmp_path, "auto")
     run = tmp_path / "run"
     open_run(config(run), run, "never")
+    assert open_run(config(run), run, "never") is None
+    trained(run)
     with pytest.raises(RunError, match="resume=never"):
         open_run(config(run), run, "never")
     with pytest.raises(RunError, match="is a file"):
         open_run(config(run), tmp_path / "thesis.txt", "auto")
+
+
+def test_a_start_without_a_checkpoint_has_no_claim_on_the_folder(tmp_path: Path) -> None:
+    open_run(config(tmp_path), tmp_path, "auto")
+    for name in ("start", "lr-0.01", "tensorboard"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "left over").write_text("x")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "notes.txt").write_text("mine")
+    other = config(tmp_path, optim={"steps": 6})
+    assert open_run(other, tmp_path, "auto") is None
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.yaml", "environment.json", "notes.txt"}
+    with_rate = tmp_path / "lr-0.01"
+    trained(with_rate)
+    with pytest.raises(RunError, match=r"optim.steps \(6 -> 5\)"):
+        open_run(config(tmp_path), tmp_path, "auto")
 
 
 def test_finished_run_returns_its_summary(tmp_path: Path) -> None:
