@@ -77,6 +77,7 @@ add_verb(
     DataConfig,
     "data_tools.shard:shard",
     "Normalise, pack tars with an index, and write the manifest.",
+    flags={"--public": "shard.public=true"},
 )
 add_verb(
     app,

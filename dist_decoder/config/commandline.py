@@ -91,6 +91,7 @@ def add_verb(
     config_required: bool = True,
     render: Callable[[Any], str] | None = None,
     failed: Callable[[Any], bool] | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> None:
     """Add ``name CONFIG [key=value ...] [--json]`` to a console command.
 
@@ -104,10 +105,12 @@ def add_verb(
         config_required: False lets the verb run on overrides alone.
         render: result -> text for people; None prints paths and mappings plainly.
         failed: result -> True if the exit code is 1 although the verb ran to its end.
+        flags: flag -> the override that it is short for.
     """
 
     class Command(VerbCommand):
         verb_schema = schema
+        verb_flags = dict(flags or {})
 
     optional = "" if config_required else " Optional."
 
@@ -141,10 +144,16 @@ class VerbCommand(TyperCommand):
     """A verb whose help ends in the table of its configuration keys."""
 
     verb_schema: type[Section]
+    verb_flags: Mapping[str, str] = {}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [self.verb_flags.get(text, text) for text in args])
 
     # The types are click's in old typer and typer's own in new typer: hence Any.
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         super().format_epilog(ctx, formatter)
+        for flag, override in self.verb_flags.items():
+            formatter.write_text(f"{flag} is short for {override}.")
         with formatter.section("Keys of CONFIG and of KEY.PATH=VALUE"):
             for row in key_table(self.verb_schema):
                 formatter.write_text(row.title)
