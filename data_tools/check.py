@@ -117,12 +117,15 @@ def _subject(
 def count_facts(trials: pd.DataFrame, voxels: VoxelTable) -> SubjectFacts:
     """Return what the files of a subject actually hold."""
     test = trials[trials["split"] == "test"]
+    train = trials[trials["split"] == "train"]
     return SubjectFacts(
         sessions=int(trials["session"].nunique()),
         trials=len(trials),
         images=int(trials["stimulus_id"].nunique()),
         test_images=int(test["stimulus_id"].nunique()),
         test_trials=len(test),
+        train_images=int(train["stimulus_id"].nunique()),
+        train_trials=len(train),
         voxels=voxels.num_voxels,
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from data_tools.datasets.bold5000 import BOLD5000Reader
 from data_tools.datasets.custom import CustomReader
 from data_tools.datasets.god import GODReader
+from data_tools.datasets.mindeye2 import MindEye2Reader
 from data_tools.datasets.miyawaki2008 import Miyawaki2008Reader
 from data_tools.datasets.nsd import NSDReader
 from data_tools.datasets.protocol import Dataset
@@ -16,6 +17,7 @@ from dist_decoder.errors import ConfigError
 
 READERS: dict[str, Callable[[DatasetConfig], Dataset]] = {
     "nsd": NSDReader,
+    "mindeye2": MindEye2Reader,
     "bold5000": BOLD5000Reader,
     "god": GODReader,
     "miyawaki2008": Miyawaki2008Reader,

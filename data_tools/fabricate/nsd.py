@@ -24,7 +24,7 @@ from dist_decoder.stats.reliability import ncsnr
 _PIXDIM = (1.8, 1.8, 1.8)
 _TR_S = 1.3333
 _BETAS = "betas_fithrf_GLMdenoise_RR"
-_STORED_PER_PSC = 300
+BETAS_PER_PERCENT = 300
 _INVALID_VOXELS = 3
 """nsdgeneral voxels that are zero in one session only."""
 _SATURATED_VOXELS = 2
@@ -65,7 +65,7 @@ class NsdSubject:
         y_TB[:, self._saturated_B] *= _SATURATED_FACTOR
         psc_TB = acquisition(self.seed, key, y_TB.shape[1]).session(y_TB, session)
         limits = np.iinfo(np.int16)
-        stored = np.clip(np.rint(_STORED_PER_PSC * psc_TB), limits.min, limits.max)
+        stored = np.clip(np.rint(BETAS_PER_PERCENT * psc_TB), limits.min, limits.max)
         stored[:, general_V[self.invalid_voxels(session)]] = 0
         return stored.astype(np.int16)
 
