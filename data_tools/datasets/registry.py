@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from data_tools.datasets.bids_glmsingle import BidsGlmsingleReader
 from data_tools.datasets.bold5000 import BOLD5000Reader
 from data_tools.datasets.custom import CustomReader
 from data_tools.datasets.god import GODReader
@@ -22,6 +23,7 @@ READERS: dict[str, Callable[[DatasetConfig], Dataset]] = {
     "god": GODReader,
     "miyawaki2008": Miyawaki2008Reader,
     "custom": CustomReader,
+    "bids_glmsingle": BidsGlmsingleReader,
 }
 
 
