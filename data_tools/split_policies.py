@@ -139,7 +139,7 @@ def synset_of(uid: str) -> str | None:
     return identity.partition("_")[0] if kind == "imagenet" else None
 
 
-def tested_synsets(images: Images) -> dict[str, set[str]]:
+def synsets_of_tests(images: Images) -> dict[str, set[str]]:
     """Return dataset -> synsets of its test images, datasets without any left out."""
     found = {
         dataset: {synset_of(uid) for uid, where in one.items() if where == "test"}
@@ -153,7 +153,7 @@ def synset_notes(images: Images) -> list[str]:
     """Return, per dataset, which of its test synsets training images show too."""
     learned = {synset_of(uid) for uid in by_role(images)[0]}
     notes = []
-    for dataset, synsets in tested_synsets(images).items():
+    for dataset, synsets in synsets_of_tests(images).items():
         if shared := sorted(synsets & learned):
             notes.append(
                 f"{dataset}: {len(shared)} of {len(synsets)} test synsets are also shown by"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from data_tools.embedding_store import EmbeddingStore
 from data_tools.normalise import fit_statistics
-from data_tools.split_policies import synset_of, tested_synsets
+from data_tools.split_policies import synset_of, synsets_of_tests
 from data_tools.splits import Split, read_split
 from data_tools.store import Store
 from data_tools.synthetic_store import (
@@ -115,7 +115,7 @@ def augmentation_images(
         uid for name in sources for uid, where in split.images[name].items() if where == "train"
     }
     candidates -= _forbidden(store, split)
-    tested = set().union(*tested_synsets(split.images).values())
+    tested = set().union(*synsets_of_tests(split.images).values())
     candidates = {uid for uid in candidates if synset_of(uid) not in tested}
     order = numpy_generator(config.seed, "synthesise pool", dataset).permutation(len(candidates))
     ranked = sorted(candidates)
