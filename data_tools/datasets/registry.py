@@ -13,6 +13,7 @@ from data_tools.datasets.mindeye2 import MindEye2Reader
 from data_tools.datasets.miyawaki2008 import Miyawaki2008Reader
 from data_tools.datasets.nsd import NSDReader
 from data_tools.datasets.protocol import Dataset
+from data_tools.datasets.reliable_voxels import ReliableVoxels
 from dist_decoder.config.data import DatasetConfig
 from dist_decoder.errors import ConfigError
 
@@ -38,4 +39,5 @@ def open_dataset(config: DatasetConfig) -> Dataset:
         near = difflib.get_close_matches(config.name, READERS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"no reader named {config.name!r}; there are {', '.join(READERS)}{hint}")
-    return reader(config)
+    opened = reader(config)
+    return opened if config.min_ncsnr is None else ReliableVoxels(opened, config.min_ncsnr)

@@ -102,6 +102,9 @@ class DatasetConfig(Section):
     """Read only the first sessions (37 reproduces the first NSD release)."""
     roi: str | None = None
     """ROI that selects voxels; None takes the reader's default (nsdgeneral, all ROIs, VC)."""
+    min_ncsnr: Annotated[float, Field(ge=0)] | None = None
+    """Keep only voxels whose published ncsnr is at least this. NSD computed its ncsnr from test
+    images too: a choice by it has seen them. None keeps all."""
     options: dict[str, str | int | float | bool] = {}
     """Options of this reader, listed in its docstring; unknown ones are refused."""
     expect: Literal["consistent", "counts", "published"] = "consistent"
@@ -114,6 +117,13 @@ class DatasetConfig(Section):
     @property
     def dataset(self) -> str:
         return self.as_name or self.name
+
+
+class IngestConfig(Section):
+    """How ``data-tools ingest`` works."""
+
+    workers: PositiveInt = 1
+    """Processes that read sessions at the same time; each holds one session in memory."""
 
 
 class CheckConfig(Section):
@@ -236,6 +246,7 @@ class DataConfig(Section):
     fabricate: FabricateConfig | None = None
     """Present in fabricated worlds only."""
     datasets: tuple[DatasetConfig, ...] = ()
+    ingest: IngestConfig = IngestConfig()
     check: CheckConfig = CheckConfig()
     split: SplitConfig = SplitConfig()
     embed: EncoderConfig = EncoderConfig()
