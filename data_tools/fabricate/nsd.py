@@ -23,7 +23,7 @@ from dist_decoder.stats.reliability import ncsnr
 
 _PIXDIM = (1.8, 1.8, 1.8)
 _TR_S = 1.3333
-_BETAS = "betas_fithrf_GLMdenoise_RR"
+BETA_VERSION = "betas_fithrf_GLMdenoise_RR"
 BETAS_PER_PERCENT = 300
 _INVALID_VOXELS = 3
 """nsdgeneral voxels that are zero in one session only."""
@@ -143,7 +143,7 @@ def _write_subject(tree: Tree, subject: NsdSubject, hdf5_sessions: int) -> None:
     for roi, labels in volumes.labels.items():
         path = f"func1pt8mm/roi/{roi}.nii.gz"
         data.write(path, partial(deterministic.nifti_gz, labels, _PIXDIM))
-    betas = tree.below(f"nsddata_betas/ppdata/{name}/func1pt8mm/{_BETAS}")
+    betas = tree.below(f"nsddata_betas/ppdata/{name}/func1pt8mm/{BETA_VERSION}")
     for session in range(1, subject.sessions + 1):
         stem = f"betas_session{session:02d}"
         betas.write(f"{stem}.nii.gz", partial(_betas_nifti, subject, session))

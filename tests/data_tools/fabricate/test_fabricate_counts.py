@@ -100,6 +100,28 @@ def test_mindeye2_package_agrees_with_nsd(tmp_path: Path, quick: None) -> None:
     assert check(config.model_copy(update={"datasets": (entry,)})).ok
 
 
+def test_surface_betas_are_those_of_voxels_without_scaling(tmp_path: Path, quick: None) -> None:
+    config = made(tmp_path, fsaverage_vertices=37)
+    fabricate(config)
+    entry = DatasetConfig(name="nsd", path=config.raw / "nsd")
+    surface = open_dataset(surface_entry(entry))
+    volume = open_dataset(entry)
+    assert surface.voxels("subj03").num_voxels == 2 * 15
+    vertices, voxels = surface.betas("subj03", 2), volume.betas("subj03", 2)
+    reliability = surface.voxels("subj03").ncsnr_V
+    published = volume.voxels("subj03").ncsnr_V
+    assert reliability is not None
+    assert published is not None
+    for vertex in range(vertices.shape[1]):
+        same = (voxels == vertices[:, vertex : vertex + 1]).all(axis=0)
+        assert reliability[vertex] in published[same] or np.isnan(vertices[:, vertex]).all()
+    assert check(config.model_copy(update={"datasets": (surface_entry(entry),)})).ok
+
+
+def surface_entry(entry: DatasetConfig) -> DatasetConfig:
+    return entry.model_copy(update={"options": {"space": "fsaverage"}})
+
+
 @pytest.mark.slow
 def test_check_prints_the_counts_of_the_papers(tmp_path: Path, quick: None) -> None:
     path = Path(__file__).parents[3] / "configs/data/full-counts.yaml"
