@@ -63,6 +63,9 @@ class FabricatedGOD(Section):
     """Side of the pictures; 500 in the real data."""
     h5_subjects: int = 1
     """First subjects that are written in the .h5 layout of bdpy too."""
+    wrong_indices: bool = False
+    """Write image_index and category_index of the .h5 as wrong as they were before version 5 of
+    the published files; stimulus_id is right."""
 
 
 class FabricateConfig(Section):
