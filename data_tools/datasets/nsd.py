@@ -110,6 +110,10 @@ class NSDReader:
         return self.tree.betas(subject, session)
 
     def stimuli(self) -> tuple[Stimulus, ...]:
+        return self._stimuli
+
+    @cached_property
+    def _stimuli(self) -> tuple[Stimulus, ...]:
         seen = sorted({int(text) for subject in self.subjects() for text in self._seen(subject)})
         instances = self._instances
         stimuli = []

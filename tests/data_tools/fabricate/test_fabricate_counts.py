@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from data_tools.check import check
 from data_tools.datasets.registry import open_dataset
@@ -14,9 +13,10 @@ from data_tools.fabricate import ground_truth
 from data_tools.fabricate.nsd_order import planned_order
 from data_tools.fabricate.nsd_volumes import nsd_volumes, volume_shape
 from data_tools.fabricate.run import fabricate
-from dist_decoder.config.base import validate
+from dist_decoder.config.base import load_config, validate
 from dist_decoder.config.data import DataConfig, DatasetConfig
 
+BETAS = "nsddata_betas/ppdata/subj05/func1pt8mm/betas_fithrf_GLMdenoise_RR"
 PUBLISHED = {
     1: (583, 47, 62),
     30: (9209, 907, 2188),
@@ -125,22 +125,22 @@ def surface_entry(entry: DatasetConfig) -> DatasetConfig:
 @pytest.mark.slow
 def test_check_prints_the_counts_of_the_papers(tmp_path: Path, quick: None) -> None:
     path = Path(__file__).parents[3] / "configs/data/full-counts.yaml"
-    tree = yaml.safe_load(path.read_text().replace("${output}", str(tmp_path)))
-    config = validate(DataConfig, {**tree, "output": str(tmp_path)}, str(path))
+    # One subject for each number of sessions; the command itself takes all eight.
+    overrides = [f"output={str(tmp_path)!r}", "fabricate.nsd.subjects=[5,6,8]"]
+    config = load_config(DataConfig, path, overrides)
     fabricate(config)
     report = check(config)
     assert report.ok, report.first_difference
     found = {(row.dataset, row.subject, row.fact): row.found for row in report.rows}
     facts = ("train_images", "train_trials", "test_images", "test_trials")
-    for dataset, counts in {
-        "nsd": [9000, 27000, 1000, 3000],
-        "nsd-37-sessions": [8859, 24980, 982, 2770],
+    for (dataset, subject), counts in {
+        ("nsd", "subj05"): [9000, 27000, 1000, 3000],
+        ("nsd", "subj06"): [8481, 21629, 930, 2371],
+        ("nsd", "subj08"): [8302, 20312, 907, 2188],
+        ("nsd-37-sessions", "subj05"): [8859, 24980, 982, 2770],
     }.items():
-        for number in (1, 2, 5, 7):
-            assert [found[dataset, f"subj{number:02d}", fact] for fact in facts] == counts
-    assert found["nsd", "subj03", "trials"] == 24000
-    assert found["nsd", "subj08", "trials"] == 22500
-    betas = next((config.raw / "nsd/nsddata_betas").glob("ppdata/subj05/*/*/betas_session40.*"))
-    betas.unlink()
-    first = check(config).first_difference
-    assert first == "nsd/subj05: sessions: 39, published: 40"
+        assert [found[dataset, subject, fact] for fact in facts] == counts
+    one = config.datasets[0].model_copy(update={"subjects": ("subj05",)})
+    config = config.model_copy(update={"datasets": (one,)})
+    (config.raw / "nsd").joinpath(BETAS, "betas_session40.nii.gz").unlink()
+    assert check(config).first_difference == "nsd/subj05: sessions: 39, published: 40"
