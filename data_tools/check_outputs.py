@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from data_tools.check_report import CheckRow
+from data_tools.near_duplicates import close_pairs, perceptual_hashes
+from data_tools.split_policies import by_role
 from data_tools.splits import SPLIT_NAME, read_split, verify_split
 from data_tools.store import Store
 from dist_decoder.config.data import DataConfig
@@ -19,6 +21,8 @@ def check_outputs(config: DataConfig) -> list[CheckRow]:
     rows = []
     if (config.store / SPLIT_NAME).is_file():
         rows.append(_split(config))
+        if config.split.near_duplicate_bits is not None:
+            rows.append(_near_duplicates(config, config.split.near_duplicate_bits))
     if (config.shards / MANIFEST_NAME).is_file():
         try:
             rows += list(_shards(config))
@@ -36,6 +40,25 @@ def _split(config: DataConfig) -> CheckRow:
         return CheckRow("store", "", "split", "differs", str(error))
     shared = f"{len(made.contaminated)} images" if made.contaminated else "no image"
     return CheckRow("store", "", "split", "ok", f"policy {made.policy}, {shared} in two splits")
+
+
+def _near_duplicates(config: DataConfig, max_bits: int) -> CheckRow:
+    fact = "near duplicates"
+    try:
+        store = Store(config.store)
+        images = read_split(store).images
+        hashes = perceptual_hashes(store, images)
+    except DistDecoderError as error:
+        return CheckRow("store", "", fact, "differs", str(error))
+    pairs = close_pairs(hashes, *by_role(images), max_bits)
+    if pairs:
+        train, test, bits = pairs[0]
+        problem = (
+            f"training image {train} differs from test image {test} in {bits} of 64 bits, and"
+            f" {len(pairs) - 1} more; run `data-tools split` again"
+        )
+        return CheckRow("store", "", fact, "differs", problem)
+    return CheckRow("store", "", fact, "ok", f"{len(hashes)} pictures compared")
 
 
 def _shards(config: DataConfig) -> Iterator[CheckRow]:

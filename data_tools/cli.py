@@ -98,6 +98,7 @@ add_verb(
     "Example:\n\n"
     "data-tools shard configs/data/demo.yaml shard.normalise=run shards_name=by-run",
     render=_lazily("data_tools.shard:describe_shard"),
+    flags={"--public": "shard.public=true"},
     sections=(
         "output", "seed", "datasets", "split", "embed", "synthesise", "shard", "shards_name",
     ),

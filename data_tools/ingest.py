@@ -5,7 +5,7 @@ Axes: N trials of one session, V voxels of one subject.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_tools.datasets.protocol import TRIAL_COLUMNS, Dataset, Stimulus, VoxelTable
 from data_tools.datasets.registry import open_dataset
+from data_tools.ingest_sessions import OpenReader, Outcome, SessionIngest
 from data_tools.store import COLUMNS, Store
 from dist_decoder.config.data import DataConfig, DatasetConfig
 from dist_decoder.config.progress import Progress, progress
@@ -42,15 +43,19 @@ class IngestedDataset:
     invalid_voxels: dict[str, int] = field(default_factory=dict)
     """``subject session n`` -> voxels without a value in that whole session."""
 
+    def count(self, outcome: Outcome) -> None:
+        """Count a session as written, kept or replaced."""
+        self.sessions_written += outcome.state == "written"
+        self.sessions_kept += outcome.state == "kept"
+        self.sessions_replaced += outcome.state == "replaced"
 
-def ingest(
-    config: DataConfig, open_reader: Callable[[DatasetConfig], Dataset] = open_dataset
-) -> list[IngestedDataset]:
+
+def ingest(config: DataConfig, open_reader: OpenReader = open_dataset) -> list[IngestedDataset]:
     """Bring the configured datasets into the store.
 
     Args:
-        config: ``datasets`` and ``output``.
-        open_reader: dataset configuration -> reader.
+        config: ``datasets``, ``ingest`` and ``output``.
+        open_reader: dataset configuration -> reader; with several workers it must be importable.
 
     Raises:
         DataError: a raw file is missing or does not hold what the layout says.
@@ -60,7 +65,10 @@ def ingest(
         raise DataError("the configuration lists no datasets; add an entry under `datasets`")
     store = Store(config.store)
     with exclusive(config.store, "ingest"):
-        return [_ingest_dataset(store, entry, open_reader(entry)) for entry in config.datasets]
+        return [
+            _ingest_dataset(store, entry, open_reader, config.ingest.workers)
+            for entry in config.datasets
+        ]
 
 
 def describe_ingest(results: Iterable[IngestedDataset]) -> str:
@@ -79,8 +87,11 @@ def describe_ingest(results: Iterable[IngestedDataset]) -> str:
     return "\n".join(lines)
 
 
-def _ingest_dataset(store: Store, config: DatasetConfig, reader: Dataset) -> IngestedDataset:
+def _ingest_dataset(
+    store: Store, config: DatasetConfig, open_reader: OpenReader, workers: int
+) -> IngestedDataset:
     name = config.dataset
+    reader = open_reader(config)
     facts = reader.facts()
     done = IngestedDataset(name, facts.licence, facts.citation, facts.redistributable)
     subjects = reader.subjects()
@@ -93,7 +104,10 @@ def _ingest_dataset(store: Store, config: DatasetConfig, reader: Dataset) -> Ing
     missing = store.missing_images(name, stimuli) if reader.has_images() else []
     total = len(missing) + sum(table["session"].nunique() for table in trials.values())
     entries = []
-    with progress(f"ingest {name}", total) as counter:
+    with (
+        progress(f"ingest {name}", total) as counter,
+        SessionIngest(store, config, open_reader, reader, workers) as work,
+    ):
         store.put_images(name, _pictures(name, reader, missing, counter))
         store.put_stimuli(name, stimuli)
         for subject, table in trials.items():
@@ -105,19 +119,18 @@ def _ingest_dataset(store: Store, config: DatasetConfig, reader: Dataset) -> Ing
                 "redistributable": facts.redistributable,
             }
             store.put_subject(name, subject, attributes, voxels)
-            sessions = sorted(set(table["session"].tolist()))
-            invalid = {}
-            for session in sessions:
-                rows = int((table["session"] == session).sum())
-                shape = (rows, voxels.num_voxels)
-                invalid[session] = _ingest_session(store, reader, subject, session, shape, done)
+            rows = {int(k): int(n) for k, n in table["session"].value_counts().sort_index().items()}
+            invalid = dict.fromkeys(rows, 0)
+            for outcome in work.run(subject, rows, voxels.num_voxels):
+                invalid[outcome.session] = outcome.invalid_voxels
+                done.count(outcome)
                 counter.advance()
             # After the betas: a session that the table names is complete.
             store.put_trials(name, subject, table)
             entries.append(
                 {
                     "subject": subject,
-                    "sessions": sessions,
+                    "sessions": list(rows),
                     "trials": len(table),
                     "voxels": voxels.num_voxels,
                     "invalid_voxels": {str(key): value for key, value in invalid.items()},
@@ -156,66 +169,6 @@ def _pictures(
             )
         yield stimulus.stimulus_id, picture
         counter.advance()
-
-
-def _ingest_session(
-    store: Store,
-    reader: Dataset,
-    subject: str,
-    session: int,
-    shape: tuple[int, int],
-    done: IngestedDataset,
-) -> int:
-    source = reader.fingerprint(subject, session)
-    wanted = {"source": source, "rows": shape[0], "voxels": shape[1]}
-    held = store.held_session(done.dataset, subject, session)
-    if held is not None and {key: held.get(key) for key in wanted} == wanted:
-        done.sessions_kept += 1
-        return int(held["invalid_voxels"])
-    betas_NV = reader.betas(subject, session)
-    invalid_V = _checked_betas(done.dataset, subject, session, betas_NV, shape)
-    count = int(invalid_V.sum())
-    store.put_betas(done.dataset, subject, session, betas_NV, {**wanted, "invalid_voxels": count})
-    if held is None:
-        done.sessions_written += 1
-    else:
-        done.sessions_replaced += 1
-    return count
-
-
-def _checked_betas(
-    dataset: str,
-    subject: str,
-    session: int,
-    betas_NV: NDArray[np.float32],
-    shape: tuple[int, int],
-) -> NDArray[np.bool_]:
-    where = f"{dataset}/{subject} session {session}"
-    if betas_NV.dtype != np.float32:
-        raise DataError(f"{where}: betas are {betas_NV.dtype}; the reader must give float32")
-    if betas_NV.shape != shape:
-        raise DataError(
-            f"{where}: betas have shape {betas_NV.shape}; trial and voxel table say {shape}"
-            " (trials, voxels)"
-        )
-    missing_NV = np.isnan(betas_NV)
-    invalid_V = np.asarray(missing_NV.all(axis=0))
-    if invalid_V.all():
-        raise DataError(
-            f"{where}: every value of the session is NaN; repair the file, or leave the session out"
-        )
-    for wrong_NV, what in (
-        (missing_NV & ~invalid_V, "NaN"),
-        (np.isinf(betas_NV), "infinite"),
-    ):
-        if wrong_NV.any():
-            trial, voxel = np.argwhere(wrong_NV)[0]
-            raise DataError(
-                f"{where}: beta of trial {trial} (within the session), voxel {voxel} is {what};"
-                f" {int(wrong_NV.sum())} such values. Only a voxel that is NaN in every trial of a"
-                " session is allowed: mend the file or exclude the voxel by an ROI"
-            )
-    return invalid_V
 
 
 def _checked_trials(

@@ -5,8 +5,10 @@ betas of the same subject can be put into the same units.
 
 Axes: N trials, V voxels of one subject, U units.
 
-Source: the released MindEye2 and NSD notebooks z-score each session over all of its trials.
-Differs: test rows never enter a mean or an SD; SD has one degree of freedom less than rows.
+Source: the released MindEye2 and NSD notebooks z-score each session over all of its trials; the
+mind-vis loader of BOLD5000 takes one mean and SD over all trials and voxels.
+Differs: test rows never enter a mean or an SD, unless one of those two is asked for by the name
+``leaky:session`` or ``leaky:global``; SD has one degree of freedom less than rows.
 """
 
 from __future__ import annotations
@@ -21,6 +23,12 @@ from numpy.typing import NDArray
 from dist_decoder.config.data import ShardConfig
 from dist_decoder.errors import DataError
 
+LEAKS = {
+    "leaky:session": "every session's mean and SD include its test rows",
+    "leaky:global": "one mean and SD of all voxels and all rows, test rows included",
+}
+"""Published variants that let test rows into the statistics, and how."""
+
 _MIN_ROWS = 2
 """Fewer training rows give no SD."""
 
@@ -30,7 +38,7 @@ class VoxelStatistics:
     """Means and SDs of one subject."""
 
     normalise: str
-    """session, run, subject or none."""
+    """session, run, subject, none, leaky:session or leaky:global."""
     units: tuple[str, ...]
     """Names of the units in recording order, as ``unit_names`` gives them."""
     mean_UV: NDArray[np.float32]
@@ -82,7 +90,7 @@ class VoxelStatistics:
 def unit_names(trials: pd.DataFrame, normalise: str) -> NDArray[np.str_]:
     """Return the name of the normalisation unit of each row."""
     session = trials["session"].astype(str).to_numpy(dtype=object)
-    if normalise == "session":
+    if normalise in ("session", "leaky:session"):
         return np.asarray("session " + session, dtype=np.str_)
     if normalise == "run":
         run = trials["run"].astype(str).to_numpy(dtype=object)
@@ -102,13 +110,15 @@ def fit_statistics(
     Args:
         trials: N rows in recording order, columns ``session`` and ``run``.
         betas: session -> its rows (n, V); each is asked for once.
-        train_mask: (N,) rows that may be used.
+        train_mask: (N,) rows that may be used; the leaky variants use all.
         config: ``normalise`` and ``fallback``.
         where: dataset/subject, for messages.
 
     Raises:
         DataError: no training rows; or a unit has none and ``fallback`` is ``refuse``.
     """
+    if config.normalise in LEAKS:
+        train_mask = np.ones(len(trials), dtype=np.bool_)
     names = unit_names(trials, config.normalise)
     sessions = trials["session"].to_numpy()
     total: _Moments | None = None
@@ -137,6 +147,9 @@ def fit_statistics(
             f"{where}: no training rows in {', '.join(fallback)}; set shard.fallback=subject, or"
             " a wider shard.normalise"
         )
+    if config.normalise == "leaky:global":
+        total = total.over_voxels()
+        by_unit = dict.fromkeys(by_unit, total)
     chosen = [total if name in fallback else moments for name, moments in by_unit.items()]
     return VoxelStatistics(
         normalise=config.normalise,
@@ -181,6 +194,17 @@ class _Moments:
             count_V,
             np.where(count_V > 0, mean_V, np.nan),
             self.squares_V + other.squares_V + cross_V,
+        )
+
+    def over_voxels(self) -> _Moments:
+        """Return one count, mean and sum of squares for all voxels, repeated for each."""
+        mean_V = np.nan_to_num(self.mean_V)
+        count = max(float(self.count_V.sum()), 1.0)
+        mean = float(self.count_V @ mean_V) / count
+        squares = float(self.squares_V.sum() + self.count_V @ (mean_V - mean) ** 2)
+        size = mean_V.size
+        return _Moments(
+            self.rows, np.full(size, count), np.full(size, mean), np.full(size, squares)
         )
 
     def std_V(self) -> NDArray[np.float64]:

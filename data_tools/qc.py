@@ -14,7 +14,6 @@ from data_tools.qc_measure import OUTLIER_RMS, SubjectQuality, measure_subject
 from data_tools.store import Store
 from dist_decoder.config.data import DataConfig
 from dist_decoder.config.progress import progress
-from dist_decoder.stats.reliability import noise_ceiling_pct
 from dist_decoder.storage import atomic_write_bytes, atomic_write_json
 
 MAX_INVALID_SHARE = 0.05
@@ -139,7 +138,6 @@ def to_json(quality: SubjectQuality, flags: list[str]) -> dict[str, object]:
         return {f"p{mark}": float(f"{value:.6g}") for mark, value in zip(marks, found, strict=True)}
 
     correlation = quality.ncsnr_correlation()
-    ceiling = None if quality.ncsnr_V is None else noise_ceiling_pct(quality.ncsnr_V)
     return {
         "dataset": quality.dataset,
         "subject": quality.subject,
@@ -163,7 +161,10 @@ def to_json(quality: SubjectQuality, flags: list[str]) -> dict[str, object]:
         "outlier_trials": quality.num_outliers,
         "ncsnr_repetitions": quality.repetitions_used,
         "ncsnr": quantiles(quality.ncsnr_V),
-        "noise_ceiling_pct_single_trial": quantiles(ceiling),
+        "noise_ceiling_pct": {
+            str(count): quantiles(ceiling_V)
+            for count, ceiling_V in quality.noise_ceilings().items()
+        },
         "published_ncsnr": quantiles(quality.published_ncsnr_V),
         "ncsnr_correlation": correlation if np.isfinite(correlation) else None,
         "split_half_correlation": quantiles(quality.split_half_V),

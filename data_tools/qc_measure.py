@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 
 from data_tools.store import Store
 from dist_decoder.errors import DataError
-from dist_decoder.stats.reliability import ncsnr, split_half_correlation
+from dist_decoder.stats.reliability import (
+    ncsnr,
+    noise_ceiling_pct,
+    split_half_correlation,
+)
 
 OUTLIER_RMS = 2.5
 """A trial whose root mean square z over voxels exceeds this is an outlier."""
@@ -73,6 +77,14 @@ class SubjectQuality:
     @property
     def num_outliers(self) -> int:
         return int(self.outlier_N.sum())
+
+    def noise_ceilings(self) -> dict[int, NDArray[np.float64]]:
+        """Return repetitions averaged -> (V,) explainable variance in percent: of single trials,
+        and of the mean of every number of repetitions that images have."""
+        if self.ncsnr_V is None:
+            return {}
+        counts = sorted({1, *self.repetitions})
+        return {count: noise_ceiling_pct(self.ncsnr_V, count) for count in counts}
 
     def ncsnr_correlation(self) -> float:
         """Return Pearson's r over voxels between computed and published ncsnr, or NaN."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dist_decoder.errors import ConfigError
-from dist_decoder.stats.reliability import noise_ceiling_pct
 
 if TYPE_CHECKING:
     from data_tools.qc_measure import SubjectQuality
@@ -153,11 +152,17 @@ _NO_EXTRA = "pages need the extra 'report': pip install 'dist-decoder[report]'"
 
 
 def _reliability_rows(quality: SubjectQuality) -> list[list[str]]:
-    ceiling = None if quality.ncsnr_V is None else noise_ceiling_pct(quality.ncsnr_V)
     kinds = (
         ("ncsnr, computed", quality.ncsnr_V, "{:.2f}"),
         ("ncsnr, published", quality.published_ncsnr_V, "{:.2f}"),
-        ("noise ceiling of a single trial, %", ceiling, "{:.1f}"),
+        *(
+            (
+                f"noise ceiling of the mean of {count} trial{'s' * (count > 1)}, %",
+                ceiling_V,
+                "{:.1f}",
+            )
+            for count, ceiling_V in quality.noise_ceilings().items()
+        ),
         ("correlation between halves of the repetitions", quality.split_half_V, "{:.2f}"),
     )
     rows = []

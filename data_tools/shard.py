@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.embedding_store import EmbeddingStore
+from data_tools.normalise import LEAKS
 from data_tools.shard_folder import Journal, finished_manifest, remove_others
 from data_tools.shard_sources import Source, measured_sources, source_samples, synthetic_sources
 from data_tools.splits import Split, count_images, read_split, verify_split
@@ -29,7 +30,7 @@ from dist_decoder.config.base import fingerprint
 from dist_decoder.config.data import DataConfig
 from dist_decoder.config.progress import Progress, progress
 from dist_decoder.encoders import open_encoder
-from dist_decoder.errors import DataError
+from dist_decoder.errors import ConfigError, DataError
 from dist_decoder.formats import (
     MANIFEST_NAME,
     TARGETS_NAME,
@@ -68,10 +69,11 @@ def shard(config: DataConfig) -> dict[str, Any]:
     """Write the shards of the configured datasets to ``config.shards``.
 
     Returns:
-        Recipe, numbers of tars (written, kept), images, rows and bytes, and per subject the
-        voxels that are dead (0) in at least one session or run.
+        Recipe, numbers of tars (written, kept), images, rows and bytes, per subject the voxels
+        that are dead (0) in at least one session or run, and warnings on leaks.
 
     Raises:
+        ConfigError: ``public`` and the terms of a dataset forbid to pass it on.
         SplitError: the split leaks, or was made by another configuration.
         DataError: an image has no embedding, or a subject has too few training rows.
         StorageError: the disk is full.
@@ -114,9 +116,36 @@ def _make_plan(config: DataConfig) -> _Plan:
     split = read_split(store, config)
     verify_split(store, split)
     datasets = store.require(entry.dataset for entry in config.datasets)
+    if config.shard.public:
+        _refuse_private(store, datasets)
     embeddings = store.embeddings(open_encoder(config.embed).id)
     recipe = fingerprint(_inputs(store, split, config, embeddings, datasets))
     return _Plan(store, split, config, embeddings, datasets, recipe)
+
+
+def _refuse_private(store: Store, datasets: tuple[str, ...]) -> None:
+    for name in datasets:
+        facts = store.facts(name)
+        if not facts.get("redistributable", False):
+            raise ConfigError(
+                f"shard.public: {name} may not be passed on (its terms: {facts['licence']}); leave"
+                " it out of `datasets`, or shard without `public` for use in your own group"
+            )
+
+
+def _notes(config: DataConfig) -> tuple[str, ...]:
+    """Return what in ``shard`` leaks or departs from single trials."""
+    settings = config.shard
+    notes = []
+    if settings.normalise in LEAKS:
+        notes.append(f"normalise {settings.normalise} leaks: {LEAKS[settings.normalise]}")
+    if settings.average_trials or settings.average_test_trials:
+        which = "all" if settings.average_trials else "test and imagery"
+        notes.append(
+            f"rows of {which} images are means over repetitions; scores are not comparable with"
+            " those of single trials"
+        )
+    return tuple(notes)
 
 
 def _inputs(
@@ -141,7 +170,8 @@ def _inputs(
             synthetic[place] = (read_header(store.path, name, subject) or {})["inputs"]
     return {
         "version": [_RECIPE_VERSION, __version__],
-        "shard": config.shard.model_dump(mode="json"),
+        # Whether they may be passed on changes no byte.
+        "shard": config.shard.model_dump(mode="json", exclude={"public"}),
         "seed": config.seed,
         "split": [split.fingerprint, list(split.notes)],
         "encoder": embeddings.encoder_id,
@@ -203,6 +233,8 @@ def _write_everything(
         sources=tuple(sources),
         categories=categories,
         average_trials=plan.config.shard.average_trials,
+        average_test_trials=plan.config.shard.average_test_trials,
+        notes=_notes(plan.config),
         licences={name: facts[name]["licence"] for name in plan.datasets},
         citations={name: facts[name]["citation"] for name in plan.datasets},
         files=files,
@@ -276,6 +308,7 @@ def _summary(manifest: Manifest, written: int, dead: dict[str, int]) -> dict[str
         "images": sum(one.num_images for one in manifest.sources),
         "rows": sum(sum(one.rows.values()) for one in manifest.sources),
         "bytes": sum(entry.bytes for entry in tars),
+        "warnings": [note for note in manifest.notes if " leaks: " in note],
         "dead_voxels": {name: count for name, count in dead.items() if count},
         "fallback": {
             name: len(entry.fallback) for name, entry in manifest.subjects.items() if entry.fallback

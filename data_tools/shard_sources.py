@@ -86,7 +86,10 @@ def measured_sources(
             places.setdefault(place, []).append(row)
         for (split, uid), rows in places.items():
             if split in found:
-                picked = _pick(one.voxels_NV, columns, rows, config.shard.average_trials)
+                average = config.shard.average_trials or (
+                    config.shard.average_test_trials and split in ("test", "imagery")
+                )
+                picked = _pick(one.voxels_NV, columns, rows, average)
                 found[split].setdefault(uid, {})[one.subject] = picked
     return [
         Source(

@@ -20,6 +20,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from data_tools.split_policies import (
+    keep_categories_apart,
+    keep_near_duplicates_apart,
+    paper_holdout,
+    paper_notes,
+    synset_notes,
+)
 from data_tools.store import Store
 from dist_decoder.config.base import Section, fingerprint
 from dist_decoder.config.data import DataConfig, HoldoutConfig, SplitConfig
@@ -29,7 +36,8 @@ from dist_decoder.storage import atomic_write_json, exclusive
 
 SPLIT_NAME = "split.json"
 SPLITS = ("train", "validation", "test", "imagery", "excluded")
-_LEAKY = ("within", "leave_one_run_out")
+_PAPERS = ("paper:neurofusion", "paper:mindeye2", "paper:duala")
+_LEAKY = ("within", "leave_one_run_out", *_PAPERS)
 """Policies that accept images in train and test, and name them."""
 
 
@@ -163,10 +171,12 @@ def make_split(store: Store, config: DataConfig) -> Split:
 
     Raises:
         ConfigError: the policy lacks what it needs, or a held-out subject does not exist.
-        SplitError: ``given`` puts one image into train and test.
+        SplitError: ``given`` puts one image into train and test, or ``category_disjoint`` leaves
+            nothing to train on or to test.
     """
     datasets = store.require(entry.dataset for entry in config.datasets)
     _check_holdout(store, config.split, datasets)
+    holdout = paper_holdout(config.split, config.datasets)
     uids = {name: sorted({one.image_uid for one in store.stimuli(name)}) for name in datasets}
     trials = {
         (name, subject): store.trials(name, subject)
@@ -181,12 +191,25 @@ def make_split(store: Store, config: DataConfig) -> Split:
         images, notes = _as_given(uids, trials, config)
     else:
         images, notes = _by_published_test(store, uids, trials, config)
+    if config.split.policy == "category_disjoint":
+        categories = _all_categories(store, datasets)
+        images, more = keep_categories_apart(images, categories, config.split.test_categories)
+        notes += more
+    elif config.split.test_categories:
+        raise ConfigError("split.test_categories needs split.policy=category_disjoint")
+    if config.split.near_duplicate_bits is not None:
+        if rows:
+            raise ConfigError("split.near_duplicate_bits needs a policy that divides images")
+        images, more = keep_near_duplicates_apart(store, images, config.split.near_duplicate_bits)
+        notes += more
+    if not rows:
+        notes += paper_notes(config.split) + synset_notes(images)
     made = Split(
         policy=config.split.policy,
         config=_config_fingerprint(store, config),
         images=images,
         rows=rows,
-        holdout=config.split.holdout,
+        holdout=holdout,
     )
     overlap = _overlap(trials, made)
     contaminated = tuple(sorted(overlap)) if config.split.policy in _LEAKY else ()
@@ -265,7 +288,7 @@ def _by_published_test(
     test = {name: {one.image_uid for one in store.stimuli(name) if one.is_test} for name in uids}
     for (name, _), table in trials.items():
         test[name] |= set(table["image_uid"][table["split"] == "test"])
-    strict = config.split.policy == "strict"
+    strict = config.split.policy in ("strict", "category_disjoint")
     images: dict[str, dict[str, str]] = {}
     notes = []
     for name in uids:
@@ -282,8 +305,8 @@ def _by_published_test(
                 images[name][uid] = _train_or_validation(uid, config)
         for other, count in sorted(taken.items()):
             notes.append(
-                f"strict: {count} images of {name} are test images of {other}: their rows in"
-                f" {name} are excluded"
+                f"{config.split.policy}: {count} images of {name} are test images of {other}:"
+                f" their rows in {name} are excluded"
             )
     return images, notes
 
@@ -341,7 +364,18 @@ def _by_run(
     ]
 
 
+def _all_categories(store: Store, datasets: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return image_uid -> the categories that any dataset gives it."""
+    found: dict[str, set[str]] = {}
+    for name in datasets:
+        for one in store.stimuli(name):
+            found.setdefault(one.image_uid, set()).update(one.categories)
+    return {uid: tuple(sorted(names)) for uid, names in found.items()}
+
+
 def _train_or_validation(identity: str, config: DataConfig) -> str:
+    if config.split.policy in _PAPERS:
+        return "train"
     share = key64(config.seed, "validation", identity) / 2**64
     return "validation" if share < config.split.validation_prob else "train"
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from data_tools.embedding_store import EmbeddingStore
 from data_tools.normalise import fit_statistics
+from data_tools.split_policies import synset_of, synsets_of_tests
 from data_tools.splits import Split, read_split
 from data_tools.store import Store
 from data_tools.synthetic_store import (
@@ -116,7 +117,7 @@ def augmentation_images(
 
     Training images of ``synthesise.pool`` that the subject never saw. Images that are validation,
     test or excluded anywhere, for any subject, are never among them, nor are images that only
-    held-out subjects saw.
+    held-out subjects saw, nor images of an ImageNet synset that any dataset tests on.
     """
     if config.synthesise.pool == "unseen":
         sources = [dataset]
@@ -126,6 +127,8 @@ def augmentation_images(
         uid for name in sources for uid, where in split.images[name].items() if where == "train"
     }
     candidates -= _forbidden(store, split)
+    tested = set().union(*synsets_of_tests(split.images).values())
+    candidates = {uid for uid in candidates if synset_of(uid) not in tested}
     order = numpy_generator(config.seed, "synthesise pool", dataset).permutation(len(candidates))
     ranked = sorted(candidates)
     seen = set(store.trials(dataset, subject)["image_uid"])

@@ -104,12 +104,14 @@ class SubjectEntry(Section):
     """Identifies which voxels, in which order."""
     unit: str
     normalise: str
-    """Unit of the z-score: session, run, subject, none."""
+    """Unit of the z-score: session, run, subject, none, or a leaky one of the papers
+    (leaky:session, leaky:global)."""
     fallback: tuple[str, ...] = ()
     """Sessions or runs without training rows, normalised by the named fallback."""
     statistics: str
     """File with ``unit_U`` (names), ``mean_UV``, ``std_UV``, ``subject_mean_V``,
-    ``subject_std_V`` (all from training rows), relative to the manifest."""
+    ``subject_std_V`` (from training rows unless ``normalise`` is leaky), relative to
+    the manifest."""
     holdout: bool = False
     """True: joint training and statistics must not use this subject."""
     train_sessions: int | None = None
@@ -151,6 +153,10 @@ class Manifest(Section):
     """Per dataset, all category names, sorted."""
     average_trials: bool = False
     """True: the rows of an image were averaged within a subject."""
+    average_test_trials: bool = False
+    """True: so were those of test and imagery images only."""
+    notes: tuple[str, ...] = ()
+    """What else than the split leaks or departs from single trials, in words."""
     licences: dict[str, str]
     citations: dict[str, str]
     files: dict[str, str] = {}

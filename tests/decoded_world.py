@@ -115,6 +115,7 @@ def write_world(folder: Path, noise: float = 1.1, contaminated: bool = False) ->
         licences={"alpha": "CC0", "beta": "CC0"},
         citations={"alpha": "made up", "beta": "made up"},
         files={name: sha256_bytes(data) for name, data in files.items()},
+        notes=("normalise leaky:session leaks",) if contaminated else (),
         produced_by={"tests": "1"},
     )
     write_manifest(open_location(folder), manifest)

@@ -101,6 +101,8 @@ class BOLD5000Reader:
                 images=(4916 if full else 2952) if whole else None,
                 test_images=(113 if full else 106) if whole else None,
                 test_trials=(451 if full else 262) if whole else None,
+                train_images=(4803 if full else 2846) if whole else None,
+                train_trials=(4803 if full else 2846) if whole else None,
                 # Users report other counts for release 2 than the release 1 paper gives.
                 voxels=RELEASE1_VOXELS[subject] if release1 and self.config.roi is None else None,
             )

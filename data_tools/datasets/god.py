@@ -13,8 +13,10 @@ metadata key, since the voxel block starts elsewhere in .mat and .h5. The label 
 
 The data have runs and no sessions; here session 1 holds the training rows, session 2 the
 perception test and session 3 the imagery, each with runs counted from 1, so that a session is
-what one normalisation covers. One-back trials are not in the published files. Imagery rows are
-labelled with the test image of the imagined category (some releases give the bare synset).
+what one normalisation covers. A training or test row with the image of the row before it, in the
+same run, is a one-back trial and left out; published files have none, but files that one converts
+oneself may. Imagery rows are labelled with the test image of the imagined category (some releases
+give the bare synset).
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ class GODReader:
             f"sub-{number:02d}": SubjectFacts(
                 sessions=limit,
                 trials=(1200, 2950, 3450)[limit - 1],
+                train_images=1200,
+                train_trials=1200,
                 images=(1200, 1250, 1250)[limit - 1],
                 test_images=(0, 50, 50)[limit - 1],
                 test_trials=(0, 1750, 1750)[limit - 1],
@@ -180,6 +184,10 @@ class GODReader:
             for name in sorted(table["stimulus_id"].unique())
             if not self._image_path(name).is_file()
         ]
+        one_back = 0
+        for session in (1, 2):
+            rows = np.flatnonzero(self._column(subject, "DataType") == session)
+            one_back += int(self._one_back(subject, rows, labels).sum())
         overlap = data.columns("VoxelData").size - self._columns(subject).size
         return (
             Finding("labels round-trip", exact, f"{len(labels)} labels of {data.path.name}"),
@@ -188,6 +196,7 @@ class GODReader:
                 not missing,
                 f"{len(missing)} missing, first {missing[0]}" if missing else "all there",
             ),
+            Finding("one-back trials", True, f"{one_back} left out"),
             Finding("voxel columns", overlap >= 0, f"{overlap} columns outside the selection"),
         )
 
@@ -235,6 +244,8 @@ class GODReader:
         rows = np.flatnonzero(self._column(subject, "DataType") == session)
         labels = data.column(self._label_key(data))
         check_label_precision(labels, data.path)
+        if session != 3:
+            rows = rows[~self._one_back(subject, rows, labels)]
         names = np.array([decode_label(value) for value in labels[rows].astype(np.float64)])
         if session == 3:
             names = self._imagined(subject, names)
@@ -244,6 +255,15 @@ class GODReader:
                 f"{data.path}: label of synset {bare[0]} has no image number; {DOWNLOAD}"
             )
         return rows, names
+
+    def _one_back(
+        self, subject: str, rows: NDArray[np.int64], labels: NDArray[Any]
+    ) -> NDArray[np.bool_]:
+        """Return which rows repeat the image of the row before them in the same run."""
+        runs = self._column(subject, "Run")[rows]
+        repeated = np.zeros(len(rows), np.bool_)
+        repeated[1:] = (np.diff(runs) == 0) & (np.diff(labels[rows]) == 0)
+        return repeated
 
     def _imagined(self, subject: str, names: NDArray[np.str_]) -> NDArray[np.str_]:
         """Replace bare synsets by the subject's test image of that synset."""

@@ -1,4 +1,4 @@
-"""Natural Scenes Dataset (NSD), volume space func1pt8mm.
+"""Natural Scenes Dataset (NSD): volume space func1pt8mm, or the fsaverage surface.
 
 Source: Allen et al. 2022 and the released tree ``natural-scenes-dataset``. Read below ``path``:
 
@@ -9,6 +9,8 @@ Source: Allen et al. 2022 and the released tree ``natural-scenes-dataset``. Read
     nsddata_betas/ppdata/subjXX/func1pt8mm/<version>/betas_sessionYY.{nii.gz,hdf5}, ncsnr.nii.gz
     nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5
     nsddata_stimuli/stimuli/nsd/annotations/instances_{train,val}2017.json
+
+Surface files are listed in ``nsd_surface.py`` (options.space). The rest holds for volumes.
 
 Voxels come in C order over (X, Y, Z), from NIfTI and HDF5 alike. Betas are int16 in units of
 1/300 percent signal change and have no scaling in the header. A voxel that is 0 in every trial of
@@ -31,7 +33,8 @@ from data_tools.datasets import nsd_design, nsd_facts
 from data_tools.datasets.coco import Instances, read_instances
 from data_tools.datasets.identity import coco_uid
 from data_tools.datasets.nsd_design import DOWNLOAD, StimulusTable
-from data_tools.datasets.nsd_tree import INT16, NSDOptions, NSDTree
+from data_tools.datasets.nsd_surface import NSDSurface
+from data_tools.datasets.nsd_tree import NSDOptions, NSDTree
 from data_tools.datasets.options import read_options
 from data_tools.datasets.protocol import Facts, Finding, Stimulus, VoxelTable
 from data_tools.datasets.raw_files import (
@@ -42,22 +45,11 @@ from data_tools.datasets.raw_files import (
     repetitions,
     require_folder,
 )
-from data_tools.datasets.roi import (
-    mask_fingerprint,
-    read_colour_table,
-    roi_masks,
-)
-from data_tools.datasets.volumes import (
-    read_masked_hdf5,
-    read_masked_nifti,
-    read_nifti_header,
-    read_volume,
-)
 from dist_decoder.config.data import DatasetConfig
 from dist_decoder.errors import DataError
 
 STIMULI = Path("nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5")
-BETAS_PER_PERCENT = 300
+PICTURE_PX = 425
 
 
 class NSDReader:
@@ -68,12 +60,15 @@ class NSDReader:
         self.config = config
         self.name = config.dataset
         self.options = read_options(NSDOptions, config)
-        self.tree = NSDTree(config, self.options)
+        surface = self.options.space == "fsaverage"
+        self.tree = (NSDSurface if surface else NSDTree)(config, self.options)
 
     def facts(self) -> Facts:
         roi = self.config.roi
         return nsd_facts.facts(
-            self.config.max_sessions, default_roi=roi in (None, "nsdgeneral", "nsdgeneral:1")
+            self.config.max_sessions,
+            default_roi=roi in (None, "nsdgeneral", "nsdgeneral:1")
+            and self.options.space == "func1pt8mm",
         )
 
     def subjects(self) -> tuple[str, ...]:
@@ -109,46 +104,16 @@ class NSDReader:
         return table
 
     def voxels(self, subject: str) -> VoxelTable:
-        xyz_V3 = self.tree.xyz(subject)
-        volumes = {}
-        tables = {}
-        for path in sorted(self.tree.roi_folder(subject).glob("*.nii.gz")):
-            name = path.name.removesuffix(".nii.gz")
-            if name.startswith(("lh.", "rh.")):
-                continue  # the same labels as the file of both hemispheres
-            volumes[name] = self.tree.labels(subject, name)
-            if (colours := self.tree.colour_table_path(name)).is_file():
-                tables[name] = read_colour_table(colours)
-        ncsnr_V = None
-        ncsnr_path = self.tree.betas_folder(subject) / "ncsnr.nii.gz"
-        if ncsnr_path.is_file():
-            ncsnr = read_volume(ncsnr_path, DOWNLOAD)
-            self.tree.compare_shape(subject, ncsnr.shape, ncsnr_path)
-            ncsnr_V = ncsnr[tuple(xyz_V3.T)].astype(np.float32)
-        shape = np.asarray(self.tree.volume_shape(subject), np.int64)
-        return VoxelTable(
-            xyz_V3.astype(np.float32),
-            roi_masks(volumes, tables, xyz_V3),
-            ncsnr_V,
-            mask_fingerprint(shape, xyz_V3),
-        )
+        return self.tree.voxels(subject)
 
     def betas(self, subject: str, session: int) -> NDArray[np.float32]:
-        path = self.tree.betas_path(subject, session)
-        xyz_V3 = self.tree.xyz(subject)
-        shape = self.tree.session_shape(subject, session)
-        if self.options.source == "nii":
-            header = read_nifti_header(path, DOWNLOAD)
-            self.tree.check_header(subject, session)
-            stored_TV = read_masked_nifti(header, xyz_V3, DOWNLOAD)
-        else:
-            stored_TV = read_masked_hdf5(path, "betas", shape, INT16, xyz_V3, DOWNLOAD)
-        betas_NV = stored_TV.astype(np.float32)
-        betas_NV /= BETAS_PER_PERCENT
-        betas_NV[:, ~stored_TV.any(axis=0)] = np.nan
-        return betas_NV
+        return self.tree.betas(subject, session)
 
     def stimuli(self) -> tuple[Stimulus, ...]:
+        return self._stimuli
+
+    @cached_property
+    def _stimuli(self) -> tuple[Stimulus, ...]:
         seen = sorted({int(text) for subject in self.subjects() for text in self._seen(subject)})
         instances = self._instances
         stimuli = []
@@ -182,9 +147,8 @@ class NSDReader:
                 ) from error
 
     def fingerprint(self, subject: str, session: int) -> str:
-        selection = [self.tree.roi_path(subject, choice.name) for choice in self.tree.roi_choices]
-        files = [self.tree.betas_path(subject, session), self.config.path / nsd_design.EXPDESIGN]
-        return files_fingerprint([*files, *selection], self.config.roi, self.options)
+        files = [*self.tree.files(subject, session), self.config.path / nsd_design.EXPDESIGN]
+        return files_fingerprint(files, self.config.roi, self.options)
 
     def consistency(self, subject: str) -> tuple[Finding, ...]:
         number = _subject_number(subject)
@@ -237,10 +201,13 @@ class NSDReader:
 
     def _check_brick(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         rows = len(self._stimulus_table)
-        if len(shape) != 4 or shape[3] != 3 or shape[0] != rows or dtype != np.uint8:
+        sides = {PICTURE_PX} if self.config.expect == "published" else set(shape[1:2])
+        square = len(shape) == 4 and {shape[1], shape[2]} == sides
+        if not square or shape[3] != 3 or shape[0] != rows or dtype != np.uint8:
             raise DataError(
                 f"{self.config.path / STIMULI}: imgBrick is {dtype} of shape {shape}, expected "
-                f"uint8 ({rows}, height, width, 3); {DOWNLOAD}"
+                f"uint8 ({rows}, side, side, 3), and a side of {PICTURE_PX} in the published "
+                f"file; {DOWNLOAD}"
             )
 
     def _compare_planned_positions(self, number: int) -> Finding:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -153,11 +154,8 @@ class StimulusTable:
         """
         coco, crop = self._coco_ids[nsd_id], self._crops[nsd_id]
         try:
-            # The published cell is a Python tuple: (top, bottom, left, right) as fractions.
-            top, bottom, left, right = (float(part) for part in ast.literal_eval(crop))
-            box = (top, bottom, left, right)
             return StimulusInfo(
-                int(coco), self._coco_splits[nsd_id], box, bool(self._shared[nsd_id])
+                int(coco), self._coco_splits[nsd_id], _crop_box(crop), bool(self._shared[nsd_id])
             )
         except (ValueError, SyntaxError, TypeError) as error:
             raise DataError(
@@ -174,6 +172,13 @@ class StimulusTable:
             return None
         numbers = self._table[names].apply(pd.to_numeric, errors="coerce").fillna(0)
         return numbers.to_numpy(np.int64)
+
+
+@lru_cache(maxsize=4096)  # 73,000 images have few different crops
+def _crop_box(cell: str) -> CropBox:
+    # The published cell is a Python tuple: (top, bottom, left, right) as fractions.
+    top, bottom, left, right = (float(part) for part in ast.literal_eval(cell))
+    return (top, bottom, left, right)
 
 
 def compare_responses(

@@ -6,6 +6,8 @@ as printed by published decoders.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from data_tools.datasets.protocol import Facts, SubjectFacts
 
 TRIALS_PER_SESSION = 750
@@ -21,6 +23,8 @@ _ALL_SESSIONS = {
     "subj07": (40, 10000, 1000, 3000, 12682),
     "subj08": (30, 9209, 907, 2188, 14386),
 }
+_OLD_TEST_TRIALS = {40: 2770, 32: 2113, 30: 1985}
+"""Trials with shared images by number of sessions, without the last three sessions."""
 # With 37 sessions, all that was public before August 2023 for a subject of 40: 8,859 training
 # images (24,980 trials) and 982 test images (2,770 trials).
 _FIRST_37 = (8859 + 982, 982, 2770)
@@ -43,6 +47,8 @@ def facts(max_sessions: int | None, default_roi: bool) -> Facts:
             images=counts[0],
             test_images=counts[1],
             test_trials=counts[2],
+            train_images=_less(counts[0], counts[1]),
+            train_trials=_less(read * TRIALS_PER_SESSION, counts[2]),
             voxels=voxels if default_roi else None,
         )
     return Facts(
@@ -56,3 +62,27 @@ def facts(max_sessions: int | None, default_roi: bool) -> Facts:
         ),
         redistributable=False,
     )
+
+
+def mindeye2_facts(max_sessions: int | None, test: str) -> Facts:
+    """Return the facts of MindEye2's package, whose folder ``test`` is of the older release.
+
+    With that folder only training counts and test trials of all sessions are declared.
+    """
+    whole = facts(max_sessions, default_roi=True)
+    subjects = dict(whole.subjects)
+    if test == "test":
+        for name, stated in subjects.items():
+            known = max_sessions is None or max_sessions >= _ALL_SESSIONS[name][0]
+            subjects[name] = replace(
+                stated,
+                trials=None,
+                images=None,
+                test_images=None,
+                test_trials=_OLD_TEST_TRIALS[_ALL_SESSIONS[name][0]] if known else None,
+            )
+    return replace(whole, subjects=subjects, unit="z")
+
+
+def _less(total: int | None, part: int | None) -> int | None:
+    return None if total is None or part is None else total - part

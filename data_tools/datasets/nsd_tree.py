@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from data_tools.datasets import nsd_design
 from data_tools.datasets.nsd_design import DOWNLOAD, Design
+from data_tools.datasets.protocol import VoxelTable
 from data_tools.datasets.raw_files import (
     hdf5_array,
     lazily,
@@ -23,15 +24,24 @@ from data_tools.datasets.roi import (
     RoiChoice,
     check_label_volume,
     label_number,
+    mask_fingerprint,
     parse_roi,
     read_colour_table,
+    roi_masks,
 )
-from data_tools.datasets.volumes import check_hdf5_layout, read_nifti_header, read_volume
+from data_tools.datasets.volumes import (
+    check_hdf5_layout,
+    read_masked_hdf5,
+    read_masked_nifti,
+    read_nifti_header,
+    read_volume,
+)
 from dist_decoder.config.base import Section
 from dist_decoder.config.data import DatasetConfig
 from dist_decoder.errors import DataError
 
 INT16 = np.dtype(np.int16)
+BETAS_PER_PERCENT = 300
 
 
 class NSDOptions(Section):
@@ -40,8 +50,10 @@ class NSDOptions(Section):
     beta_version: str = "betas_fithrf_GLMdenoise_RR"
     """Folder of the betas: betas_assumehrf (b1), betas_fithrf (b2), betas_fithrf_GLMdenoise_RR
     (b3)."""
+    space: Literal["func1pt8mm", "fsaverage"] = "func1pt8mm"
+    """Voxels of 1.8 mm, or vertices of the surface that all subjects share."""
     source: Literal["nii", "hdf5"] = "nii"
-    """Which of the two equivalent files of a session is read."""
+    """Which of the two equivalent files of a session is read (func1pt8mm)."""
     allow_missing_sessions: bool = False
     """Accept a tree in which a session lies missing between others."""
     categories: Literal["auto", "require", "none"] = "auto"
@@ -70,7 +82,8 @@ class NSDTree:
 
     def betas_path(self, subject: str, session: int) -> Path:
         """Return the file of a session in the chosen format."""
-        return self.betas_folder(subject) / f"betas_session{session:02d}{self._suffix}"
+        before, after = self._file_parts
+        return self.betas_folder(subject) / f"{before}{session:02d}{after}"
 
     def sessions(self, subject: str) -> list[int]:
         """Return the executed sessions: those with a file, up to ``max_sessions``.
@@ -79,7 +92,8 @@ class NSDTree:
             DataError: there is none, one is missing between others, or more than were planned.
         """
         folder = self.betas_folder(subject)
-        pattern = re.compile(rf"betas_session(\d\d){re.escape(self._suffix)}$")
+        before, after = self._file_parts
+        pattern = re.compile(rf"{re.escape(before)}(\d\d){re.escape(after)}$")
         require_folder(folder, f"{DOWNLOAD}, or correct options.beta_version")
         matches = (pattern.match(entry.name) for entry in folder.iterdir())
         present = sorted(int(match.group(1)) for match in matches if match)
@@ -87,7 +101,7 @@ class NSDTree:
             present = [session for session in present if session <= self.config.max_sessions]
         if not present:
             raise DataError(
-                f"{self.name}/{subject}: no betas_sessionYY{self._suffix} in {folder}; {DOWNLOAD}, "
+                f"{self.name}/{subject}: no {before}YY{after} in {folder}; {DOWNLOAD}, "
                 "or set options.source to the format that is there"
             )
         missing = sorted(set(range(1, present[-1] + 1)) - set(present))
@@ -106,8 +120,14 @@ class NSDTree:
         return present
 
     @property
-    def _suffix(self) -> str:
-        return {"nii": ".nii.gz", "hdf5": ".hdf5"}[self.options.source]
+    def _file_parts(self) -> tuple[str, str]:
+        """Name of a session's file before and after the two digits of the session."""
+        return "betas_session", {"nii": ".nii.gz", "hdf5": ".hdf5"}[self.options.source]
+
+    def files(self, subject: str, session: int) -> list[Path]:
+        """Return the files that decide the betas of a session."""
+        selection = [self.roi_path(subject, choice.name) for choice in self.roi_choices]
+        return [self.betas_path(subject, session), *selection]
 
     def session_shape(self, subject: str, session: int) -> tuple[int, int, int, int]:
         """Return (X, Y, Z, trials) that the file of a session must have."""
@@ -211,3 +231,49 @@ class NSDTree:
 
         xyz_V3: NDArray[np.int64] = lazily(self._cache, f"xyz {subject}", select, keep=32)
         return xyz_V3
+
+    def voxels(self, subject: str) -> VoxelTable:
+        """Return the selected voxels with all ROIs and the published ncsnr."""
+        xyz_V3 = self.xyz(subject)
+        volumes = {}
+        tables = {}
+        for path in sorted(self.roi_folder(subject).glob("*.nii.gz")):
+            name = path.name.removesuffix(".nii.gz")
+            if name.startswith(("lh.", "rh.")):
+                continue  # the same labels as the file of both hemispheres
+            volumes[name] = self.labels(subject, name)
+            if (colours := self.colour_table_path(name)).is_file():
+                tables[name] = read_colour_table(colours)
+        ncsnr_V = None
+        ncsnr_path = self.betas_folder(subject) / "ncsnr.nii.gz"
+        if ncsnr_path.is_file():
+            ncsnr = read_volume(ncsnr_path, DOWNLOAD)
+            self.compare_shape(subject, ncsnr.shape, ncsnr_path)
+            ncsnr_V = ncsnr[tuple(xyz_V3.T)].astype(np.float32)
+        shape = np.asarray(self.volume_shape(subject), np.int64)
+        return VoxelTable(
+            xyz_V3.astype(np.float32),
+            roi_masks(volumes, tables, xyz_V3),
+            ncsnr_V,
+            mask_fingerprint(shape, xyz_V3),
+        )
+
+    def betas(self, subject: str, session: int) -> NDArray[np.float32]:
+        """Return (N, V) percent signal change of a session; NaN where a voxel was invalid.
+
+        Raises:
+            DataError: missing, truncated, or of another shape, dtype or scaling.
+        """
+        path = self.betas_path(subject, session)
+        xyz_V3 = self.xyz(subject)
+        shape = self.session_shape(subject, session)
+        if self.options.source == "nii":
+            header = read_nifti_header(path, DOWNLOAD)
+            self.check_header(subject, session)
+            stored_TV = read_masked_nifti(header, xyz_V3, DOWNLOAD)
+        else:
+            stored_TV = read_masked_hdf5(path, "betas", shape, INT16, xyz_V3, DOWNLOAD)
+        betas_NV = stored_TV.astype(np.float32)
+        betas_NV /= BETAS_PER_PERCENT
+        betas_NV[:, ~stored_TV.any(axis=0)] = np.nan
+        return betas_NV

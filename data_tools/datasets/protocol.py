@@ -27,6 +27,8 @@ class SubjectFacts:
     test_images: int | None = None
     test_trials: int | None = None
     """Trials of the ``test`` split; imagery is counted apart."""
+    train_images: int | None = None
+    train_trials: int | None = None
     voxels: int | None = None
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_tools.datasets.identity import coco_uid
 from dist_decoder.rng import key64, numpy_generator
@@ -25,6 +29,7 @@ _NAMES = (
 )
 CATEGORIES = {number: name for number, name in enumerate(_NAMES.split(","), 1) if name}
 """Category id -> name. The ids have gaps, as in COCO."""
+_NUMBERS = {name: number for number, name in CATEGORIES.items()}
 
 MAX_ID = 581_929
 _SIZES = ((640, 480), (480, 640), (500, 375), (640, 427))
@@ -61,6 +66,12 @@ def main_category(seed: int, coco_id: int, num_categories: int) -> str:
     return names[key64(seed, "coco category", coco_uid(coco_id)) % len(names)]
 
 
+@lru_cache
+def _others(main: int) -> NDArray[np.int64]:
+    """Category ids without one of them; an array, since drawing from a list copies it."""
+    return np.array([number for number in CATEGORIES if number != main])
+
+
 def coco_image(seed: int, coco_id: int, num_categories: int) -> CocoImage:
     """Return size, crop and objects of an image.
 
@@ -77,9 +88,8 @@ def coco_image(seed: int, coco_id: int, num_categories: int) -> CocoImage:
     wide = width > height
     fractions = (first / max(width, height), (cut - first) / max(width, height))
     crop = (0.0, 0.0, *fractions) if wide else (*fractions, 0.0, 0.0)
-    ids = {name: number for number, name in CATEGORIES.items()}
-    main = ids[main_category(seed, coco_id, num_categories)]
-    others = [number for number in CATEGORIES if number != main]
+    main = _NUMBERS[main_category(seed, coco_id, num_categories)]
+    others = _others(main)
     share = float(draw.uniform(0.5, 0.6))
     start = first + float(draw.uniform(0, 1 - share)) * side
     across = float(draw.uniform(0, 1 - share)) * side

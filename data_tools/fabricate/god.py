@@ -211,15 +211,16 @@ def _h5(subject: GodSubject) -> bytes:
     image = {picture.uid: i for part in (training, test) for i, picture in enumerate(part, 1)}
     labels = [sorted({picture.label for picture in part}) for part in (training, test)]
     category = {label: i for part in labels for i, label in enumerate(part, 1)}
+    image_N = np.asarray([image[picture.uid] for picture in samples.pictures])
+    category_N = np.asarray([category[picture.label] for picture in samples.pictures])
+    if subject.catalogue.config.god.wrong_indices:
+        # Plausible numbers of other rows, so that nothing but the images themselves shows it.
+        for data_type in (TRAINING, PERCEPTION, IMAGERY):
+            rows = np.flatnonzero(samples.data_type_N == data_type)
+            image_N[rows] = np.roll(image_N[rows], 1)
+            category_N[rows] = np.roll(category_N[rows], 1)
     data = np.column_stack(
-        [
-            subject.responses(),
-            samples.data_type_N,
-            samples.run_N,
-            ids,
-            [image[picture.uid] for picture in samples.pictures],
-            [category[picture.label] for picture in samples.pictures],
-        ]
+        [subject.responses(), samples.data_type_N, samples.run_N, ids, image_N, category_N]
     )
     keys, descriptions, values = _metadata(subject, columns, "ROI_")
 

@@ -23,8 +23,8 @@ from dist_decoder.stats.reliability import ncsnr
 
 _PIXDIM = (1.8, 1.8, 1.8)
 _TR_S = 1.3333
-_BETAS = "betas_fithrf_GLMdenoise_RR"
-_STORED_PER_PSC = 300
+BETA_VERSION = "betas_fithrf_GLMdenoise_RR"
+BETAS_PER_PERCENT = 300
 _INVALID_VOXELS = 3
 """nsdgeneral voxels that are zero in one session only."""
 _SATURATED_VOXELS = 2
@@ -65,7 +65,7 @@ class NsdSubject:
         y_TB[:, self._saturated_B] *= _SATURATED_FACTOR
         psc_TB = acquisition(self.seed, key, y_TB.shape[1]).session(y_TB, session)
         limits = np.iinfo(np.int16)
-        stored = np.clip(np.rint(_STORED_PER_PSC * psc_TB), limits.min, limits.max)
+        stored = np.clip(np.rint(BETAS_PER_PERCENT * psc_TB), limits.min, limits.max)
         stored[:, general_V[self.invalid_voxels(session)]] = 0
         return stored.astype(np.int16)
 
@@ -143,7 +143,7 @@ def _write_subject(tree: Tree, subject: NsdSubject, hdf5_sessions: int) -> None:
     for roi, labels in volumes.labels.items():
         path = f"func1pt8mm/roi/{roi}.nii.gz"
         data.write(path, partial(deterministic.nifti_gz, labels, _PIXDIM))
-    betas = tree.below(f"nsddata_betas/ppdata/{name}/func1pt8mm/{_BETAS}")
+    betas = tree.below(f"nsddata_betas/ppdata/{name}/func1pt8mm/{BETA_VERSION}")
     for session in range(1, subject.sessions + 1):
         stem = f"betas_session{session:02d}"
         betas.write(f"{stem}.nii.gz", partial(_betas_nifti, subject, session))

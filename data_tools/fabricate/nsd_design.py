@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data_tools.fabricate import coco, deterministic
 from data_tools.fabricate.catalogue import NSD_SUBJECTS, Catalogue
+from data_tools.fabricate.nsd_order import planned_order
 from dist_decoder.rng import numpy_generator
 
 RUNS = 12
@@ -41,8 +42,8 @@ class NsdDesign:
     @cached_property
     def order_N(self) -> NDArray[np.int64]:
         """0-based image id of every planned trial; each id three times."""
-        ids = np.repeat(np.arange(self.catalogue.num_nsd_ids), 3)
-        return numpy_generator(self.seed, "nsd order").permutation(ids)
+        size = (self.config.sessions, self.config.trials_per_session, self.config.shared_images)
+        return planned_order(*size, numpy_generator(self.seed, "nsd order"))
 
     def rows(self, subject: int, session: int) -> NDArray[np.int64]:
         """Return the 0-based stimulus rows of a session (1-based), trial by trial."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
+_SMALL_PRIMES = (3, 5, 7, 11)
 _VOLUME_PER_VOXEL = 2.2
 _BRAIN_SHARE = 0.75
 _CORTEX_SHARE = 0.75
@@ -42,7 +43,9 @@ def volume_shape(subject: int, max_voxels: int) -> tuple[int, int, int]:
     With a mask transposed, or of another subject, nothing fits by chance.
     """
     wanted = _VOLUME_PER_VOXEL * max_voxels
-    triples = [t for t in itertools.combinations(_PRIMES, 3) if np.prod(t) >= wanted]
+    # The least volume holds a hundred voxels: full trial counts then fit in little space.
+    primes = _SMALL_PRIMES if wanted <= np.prod(_SMALL_PRIMES[:3]) else _PRIMES
+    triples = [t for t in itertools.combinations(primes, 3) if np.prod(t) >= wanted]
     smallest = sorted(triples, key=lambda triple: (np.prod(triple), triple))[:2]
     shapes = [shape for triple in smallest for shape in itertools.permutations(triple)]
     # A step coprime to the 12 shapes gives every subject its own.

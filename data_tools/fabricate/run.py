@@ -13,7 +13,9 @@ from data_tools.fabricate.catalogue import Catalogue, Picture
 from data_tools.fabricate.deterministic import Tree
 from data_tools.fabricate.god import GodSubject, god_subjects, write_god
 from data_tools.fabricate.ground_truth import Participant
+from data_tools.fabricate.mindeye2 import write_mindeye2
 from data_tools.fabricate.nsd import NsdSubject, nsd_subjects, write_nsd
+from data_tools.fabricate.nsd_surface import write_surface
 from data_tools.fabricate.subjects import FabricatedSubject
 from data_tools.fabricate.world import World
 from dist_decoder.config.base import fingerprint
@@ -95,6 +97,11 @@ def tree_fingerprint(config: DataConfig) -> str:
 def _write(tree: Tree, catalogue: Catalogue) -> None:
     nsd, bold, god = nsd_subjects(catalogue), bold_subjects(catalogue), god_subjects(catalogue)
     write_nsd(tree.below("nsd"), nsd)
+    sizes = catalogue.config.nsd
+    if nsd and sizes.fsaverage_vertices:
+        write_surface(tree.below("nsd"), nsd, sizes.fsaverage_vertices)
+    if nsd and sizes.mindeye2:
+        write_mindeye2(tree.below("mindeye2"), nsd)
     write_bold5000(tree.below("bold5000"), bold)
     write_god(tree.below("god"), god)
     tree.write("encoder.npz", deterministic.npz(catalogue.world.encoder_parameters()))

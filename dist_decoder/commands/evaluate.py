@@ -181,7 +181,11 @@ class _Work:
             gallery=Gallery(tuple(self.retrieved), pictures),
             fingerprints=fingerprints,
             versions=installed_versions(),
-            notes=(*(f"split: {note}" for note in split.notes), *self.notes),
+            notes=(
+                *(f"split: {note}" for note in split.notes),
+                *(f"shards: {note}" for note in self.manifest.notes),
+                *self.notes,
+            ),
             contaminated=bool(split.contaminated),
             command=typed_command(),
         )

@@ -92,6 +92,7 @@ def add_verb(
     render: Callable[[Any], str] | None = None,
     failed: Callable[[Any], bool] | None = None,
     sections: Sequence[str] = (),
+    flags: Mapping[str, str] | None = None,
 ) -> None:
     """Add ``name CONFIG [key=value ...] [--json]`` to a console command.
 
@@ -106,11 +107,13 @@ def add_verb(
         render: result -> text for people; None prints paths and mappings plainly.
         failed: result -> True if the exit code is 1 although the verb ran to its end.
         sections: first parts of the keys that this verb reads, for ``--help``; empty shows all.
+        flags: flag -> the override that it is short for.
     """
 
     class Command(VerbCommand):
         verb_schema = schema
         verb_sections = tuple(sections)
+        verb_flags = dict(flags or {})
 
     optional = "" if config_required else " Optional."
 
@@ -147,10 +150,16 @@ class VerbCommand(TyperCommand):
 
     verb_schema: type[Section]
     verb_sections: tuple[str, ...] = ()
+    verb_flags: Mapping[str, str] = {}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [self.verb_flags.get(text, text) for text in args])
 
     # The types are click's in old typer and typer's own in new typer: hence Any.
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         super().format_epilog(ctx, formatter)
+        for flag, override in self.verb_flags.items():
+            formatter.write_text(f"{flag} is short for {override}.")
         with formatter.section("Keys of CONFIG and of KEY.PATH=VALUE"):
             for row in key_table(self.verb_schema):
                 if self.verb_sections and row.key.split(".")[0] not in self.verb_sections:

@@ -31,6 +31,11 @@ class FabricatedNSD(Section):
     """Side of the pictures in nsd_stimuli.hdf5; 425 in the real data."""
     hdf5_sessions: int = 1
     """First sessions of the first subject that are written as .hdf5 too."""
+    fsaverage_vertices: Annotated[int, Field(ge=0)] = 0
+    """Vertices of a hemisphere for the .mgh files of fsaverage (163,842 in the real data); 0
+    writes none."""
+    mindeye2: bool = False
+    """Write the same subjects as MindEye2's package too, to raw/mindeye2."""
 
 
 class FabricatedBOLD5000(Section):
@@ -58,6 +63,9 @@ class FabricatedGOD(Section):
     """Side of the pictures; 500 in the real data."""
     h5_subjects: int = 1
     """First subjects that are written in the .h5 layout of bdpy too."""
+    wrong_indices: bool = False
+    """Write image_index and category_index of the .h5 as wrong as they were before version 5 of
+    the published files; stimulus_id is right."""
 
 
 class FabricateConfig(Section):
@@ -88,7 +96,7 @@ class DatasetConfig(Section):
     """One dataset to ingest. ``name`` picks the reader."""
 
     name: str
-    """Reader: nsd, bold5000, god, miyawaki2008, custom."""
+    """Reader: nsd, mindeye2, bold5000, god, miyawaki2008, custom, bids_glmsingle."""
     path: Path
     """Folder (or file) of the raw data."""
     subjects: tuple[str, ...] | None = None
@@ -97,6 +105,9 @@ class DatasetConfig(Section):
     """Read only the first sessions (37 reproduces the first NSD release)."""
     roi: str | None = None
     """ROI that selects voxels; None takes the reader's default (nsdgeneral, all ROIs, VC)."""
+    min_ncsnr: Annotated[float, Field(ge=0)] | None = None
+    """Keep only voxels whose published ncsnr is at least this. NSD computed its ncsnr from test
+    images too: a choice by it has seen them. None keeps all."""
     options: dict[str, str | int | float | bool] = {}
     """Options of this reader, listed in its docstring; unknown ones are refused."""
     expect: Literal["consistent", "counts", "published"] = "consistent"
@@ -109,6 +120,13 @@ class DatasetConfig(Section):
     @property
     def dataset(self) -> str:
         return self.as_name or self.name
+
+
+class IngestConfig(Section):
+    """How ``data-tools ingest`` works."""
+
+    workers: PositiveInt = 1
+    """Processes that read sessions at the same time; each holds one session in memory."""
 
 
 class CheckConfig(Section):
@@ -132,10 +150,26 @@ class HoldoutConfig(Section):
 class SplitConfig(Section):
     """Which images are train, validation, test."""
 
-    policy: Literal["strict", "within", "leave_one_run_out", "given"] = "strict"
+    policy: Literal[
+        "strict",
+        "within",
+        "leave_one_run_out",
+        "given",
+        "category_disjoint",
+        "paper:neurofusion",
+        "paper:mindeye2",
+        "paper:duala",
+    ] = "strict"
     """strict: test anywhere is train nowhere. within: per dataset. given: the split column of
     the trial table. leave_one_run_out: by run, images shared between train and test (named so
-    in the manifest)."""
+    in the manifest). category_disjoint: strict, and no training image shows a tested category.
+    paper:*: the published splits without validation images, their leaks named in the manifest;
+    mindeye2 and duala are for NSD alone, and duala gives each held-out subject one session."""
+    test_categories: tuple[str, ...] = ()
+    """category_disjoint: the tested categories; empty takes those of all test images."""
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=63)] | None = None
+    """Training images whose 64-bit perceptual hash differs from that of a test image in at most
+    this many bits are excluded (4 is usual); None compares identities only."""
     test_run: int | None = None
     """leave_one_run_out: the run that is tested (1-based)."""
     validation_prob: Fraction = 0.1
@@ -186,13 +220,22 @@ class ShardConfig(Section):
     """WebDataset tars."""
 
     samples_per_shard: PositiveInt = 256
-    normalise: Literal["session", "run", "subject", "none"] = "session"
-    """Unit of the per-voxel z-score; mean and SD come from training rows only."""
+    normalise: Literal["session", "run", "subject", "none", "leaky:session", "leaky:global"] = (
+        "session"
+    )
+    """Unit of the per-voxel z-score; mean and SD come from training rows only. The two published
+    variants leak, and are named so in the output and the manifest: leaky:session takes all rows
+    of a session, leaky:global all rows and all voxels of a subject at once."""
     fallback: Literal["subject", "refuse"] = "subject"
     """For a session or run without training rows: the subject's statistics over all its
     training rows, or an error."""
     average_trials: bool = False
     """Average the rows of an image within a subject (named in the manifest)."""
+    average_test_trials: bool = False
+    """Average the rows of test and imagery images only, as papers on GOD do with its 35
+    repetitions (named in the manifest). Scores rise with the number of repetitions."""
+    public: bool = False
+    """The shards are to be passed on: refuse datasets whose terms forbid that."""
     token_dtype: Literal["float16", "float32"] = "float16"
     voxel_dtype: Literal["float16", "float32"] = "float16"
 
@@ -206,6 +249,7 @@ class DataConfig(Section):
     fabricate: FabricateConfig | None = None
     """Present in fabricated worlds only."""
     datasets: tuple[DatasetConfig, ...] = ()
+    ingest: IngestConfig = IngestConfig()
     check: CheckConfig = CheckConfig()
     split: SplitConfig = SplitConfig()
     embed: EncoderConfig = EncoderConfig()

@@ -277,6 +277,7 @@ def test_contaminated_split_is_told(tmp_path):
                         models=[{"model": "joint", "run": tmp_path / "joint"}]))  # fmt: skip
     assert found["contaminated"]
     assert "split: alpha shares two images with beta" in found["notes"]
+    assert "shards: normalise leaky:session leaks" in found["notes"]
 
 
 def test_rendered_text_names_the_rows(content):

@@ -57,6 +57,7 @@ def app() -> typer.Typer:
         "Greet someone [with brackets].",
         config_required=False,
         failed=lambda result: "enemy" in result["greeting"],
+        flags={"--once": "times=1"},
     )
     add_verb(app, "absent", GreetConfig, "no.such.module:verb", "Import late.")
     return app
@@ -72,6 +73,16 @@ def test_success_prints_the_result(app: typer.Typer, capsys: pytest.CaptureFixtu
     assert run(app, "greet", "name=you", "times=1") == 0
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("greeting: hello you\n", "")
+
+
+def test_a_flag_is_short_for_an_override(
+    app: typer.Typer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(app, "greet", "name=you", "--once") == 0
+    assert capsys.readouterr().out == "greeting: hello you\n"
+    assert run(app, "greet", "--help") == 0
+    assert "--once is short for times=1" in capsys.readouterr().out
+    assert run(app, "absent", "--once", "name=you") != 0
 
 
 def test_json_is_one_document(app: typer.Typer, capsys: pytest.CaptureFixture[str]) -> None:

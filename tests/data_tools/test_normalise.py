@@ -167,3 +167,25 @@ def test_wrong_shapes_and_units_are_named(
     other = trials[trials["session"] == 2].assign(session=8)
     with pytest.raises(DataError, match="no statistics for 'session 8'; known: session 1"):
         statistics.apply(betas[2], other)
+
+
+def test_the_published_leaky_variants(
+    trials: pd.DataFrame, betas: dict[int, NDArray[np.float32]], mask: NDArray[np.bool_]
+) -> None:
+    everyone = np.ones(len(trials), np.bool_)
+    by_session = fit_statistics(trials, betas, mask, ShardConfig(normalise="leaky:session"))
+    result = apply_all(by_session, betas, trials)
+    wanted = slow(trials, everything(betas), everyone, ["session"])
+    np.testing.assert_allclose(result, wanted, rtol=2e-4, atol=2e-4)
+    assert by_session.fallback == ()
+    overall = fit_statistics(trials, betas, mask, ShardConfig(normalise="leaky:global"))
+    values = everything(betas)
+    wanted = (values - values.mean()) / values.std(ddof=1)
+    np.testing.assert_allclose(apply_all(overall, betas, trials), wanted, rtol=2e-4, atol=2e-4)
+    assert overall.units == ("subject",)
+    # A voxel without a value in one session counts only where it has one.
+    betas[2][:, 3] = np.nan
+    values = everything(betas)
+    overall = fit_statistics(trials, betas, mask, ShardConfig(normalise="leaky:global"))
+    assert overall.subject_mean_V[0] == pytest.approx(np.nanmean(values), rel=1e-5)
+    assert overall.subject_std_V[5] == pytest.approx(np.nanstd(values, ddof=1), rel=1e-5)

@@ -60,6 +60,11 @@ def test_good_data_are_not_flagged_and_numbers_are_right(tmp_path: Path) -> None
     assert quality.ncsnr_V is not None
     assert_allclose(quality.ncsnr_V, expected)
     assert quality.repetitions == {3: IMAGES}
+    ceilings = quality.noise_ceilings()
+    assert list(ceilings) == [1, 3]
+    for count, ceiling_V in ceilings.items():
+        assert_allclose(ceiling_V, [100 * r * r / (r * r + 1 / count) for r in expected])
+    assert 40 < np.median(ceilings[1]) < 60 < np.median(ceilings[3])
     for session in (1, 2, 3):
         rows = betas[trials["session"] == session]
         assert_allclose(quality.mean_S[session - 1], rows.mean(), rtol=1e-5)

@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from tiny_dataset import TESTS, TinyDataset, tiny_config
 
 from data_tools.check_outputs import check_outputs
+from data_tools.datasets.protocol import Facts
 from data_tools.embed import embed
 from data_tools.ingest import ingest
 from data_tools.shard import shard
@@ -23,7 +25,7 @@ from data_tools.splits import read_split, split
 from data_tools.store import Store
 from data_tools.synthesise import synthesise
 from data_tools.synthetic_store import read_synthetic
-from dist_decoder.errors import DataError, FormatError, SplitError, StorageError
+from dist_decoder.errors import ConfigError, DataError, FormatError, SplitError, StorageError
 from dist_decoder.formats import IndexSample, Manifest, SampleInfo, SourceEntry
 from dist_decoder.manifest import (
     read_array,
@@ -480,3 +482,59 @@ def test_synthetic_rows_are_a_source_of_their_own(tmp_path: Path) -> None:
     split(tiny_config(tmp_path, *other))
     with pytest.raises(DataError, match="made from other inputs; run `data-tools synthesise`"):
         shard(tiny_config(tmp_path, *other))
+
+
+def test_leaky_normalisation_says_so_and_lets_test_rows_in(prepared: Path) -> None:
+    stored = {}
+    for number, normalise in enumerate(("session", "leaky:session", "leaky:global")):
+        changes = (f"shard.normalise={normalise}", f"shards_name=leaky{number}")
+        result = shard(tiny_config(prepared, HOLDOUT, *changes))
+        manifest = read_manifest(LocalStorage(prepared / f"leaky{number}"))
+        assert bool(result["warnings"]) == normalise.startswith("leaky")
+        assert list(manifest.notes) == result["warnings"]
+        entry = manifest.subjects["alpha/s1"]
+        assert entry.normalise == normalise
+        stored[normalise] = read_npz(LocalStorage(prepared / f"leaky{number}"), entry.statistics)
+    assert "test rows" in result["warnings"][0]
+    raw = TinyDataset(tiny_config(Path()).datasets[1]).betas("s1", 1)
+    leaky = stored["leaky:session"]["mean_UV"][0]
+    np.testing.assert_allclose(leaky, raw.mean(axis=0), rtol=1e-5)
+    assert np.abs(stored["session"]["mean_UV"][0] - leaky)[:6].max() > 1e-3
+
+
+def test_only_test_rows_can_be_averaged(prepared: Path) -> None:
+    changes = ("shard.average_test_trials=true", "shards_name=averaged-tests")
+    shard(tiny_config(prepared, HOLDOUT, *changes))
+    storage = LocalStorage(prepared / "averaged-tests")
+    manifest = read_manifest(storage)
+    assert manifest.average_test_trials
+    assert not manifest.average_trials
+    assert "means over repetitions" in manifest.notes[0]
+    rows = {source.split: set() for source in manifest.sources}
+    for source in manifest.sources:
+        for _, _, info in samples(storage, source):
+            rows[source.split].update(len(one) for one in info.rows.values())
+    assert rows["test"] == {1}
+    assert max(rows["train"]) > 1
+
+
+def test_public_shards_refuse_datasets_that_may_not_be_passed_on(tmp_path: Path) -> None:
+    class Private(TinyDataset):
+        def facts(self) -> Facts:
+            return replace(super().facts(), licence="do not share", redistributable=False)
+
+    config = tiny_config(tmp_path, "shard.public=true")
+    ingest(config, lambda entry: (Private if entry.name == "beta" else TinyDataset)(entry))
+    split(config)
+    embed(config)
+    with pytest.raises(ConfigError, match=r"beta may not be passed on \(its terms: do not share"):
+        shard(config)
+    assert not config.shards.exists()
+    private = shard(tiny_config(tmp_path))
+    only = ("shard.public=true", "datasets=[{name: alpha, path: x}]", "shards_name=open")
+    split(tiny_config(tmp_path, *only))
+    public = shard(tiny_config(tmp_path, *only))
+    assert public["shards"] < private["shards"]
+    # The flag is for the check alone: the same shards without it are the same.
+    again = shard(tiny_config(tmp_path, *only[1:]))
+    assert (again["written"], again["manifest"]) == (0, public["manifest"])

@@ -26,6 +26,7 @@ from bold5000_files import (
 
 from data_tools.check import check
 from data_tools.datasets.bold5000 import BOLD5000Reader
+from data_tools.datasets.bold5000_lists import published_structure
 from dist_decoder.config.data import DataConfig, DatasetConfig
 from dist_decoder.errors import ConfigError, DataError
 
@@ -225,18 +226,35 @@ def genuine_tree(root: Path, subjects: tuple[str, ...]) -> DataConfig:
     )
 
 
+HISTOGRAMS = {
+    "CSI1": {3: 1, 4: 112},
+    "CSI2": {3: 1, 4: 112},
+    "CSI3": {2: 1, 3: 2, 4: 107, 5: 3},
+    "CSI4": {1: 16, 2: 39, 3: 37, 4: 13, 5: 1},
+}
+"""Times that a repeated image was shown -> images."""
+
+
 def test_genuine_lists_give_the_published_counts(tmp_path: Path) -> None:
-    config = genuine_tree(tmp_path, ("CSI1", "CSI4"))
+    config = genuine_tree(tmp_path, tuple(HISTOGRAMS))
     report = check(config)
     assert report.ok, report.first_difference
     found = {(row.subject, row.fact): row.found for row in report.rows}
-    assert (found["CSI1", "trials"], found["CSI1", "test_trials"]) == (5254, 451)
-    assert (found["CSI4", "trials"], found["CSI4", "test_trials"]) == (3108, 262)
     bold = BOLD5000Reader(config.datasets[0])
-    trials = bold.trials("CSI4")
-    assert sorted(trials["session"].value_counts().tolist()) == [333] * 6 + [370] * 3
-    counts = Counter(trials["stimulus_id"][trials["split"] == "test"])
-    assert Counter(counts.values()) == {1: 16, 2: 39, 3: 37, 4: 13, 5: 1}
+    for subject, histogram in HISTOGRAMS.items():
+        full = subject != "CSI4"
+        assert found[subject, "trials"] == (5254 if full else 3108)
+        assert found[subject, "train_trials"] == (4803 if full else 2846)
+        assert found[subject, "train_images"] == (4803 if full else 2846)
+        assert found[subject, "test_trials"] == (451 if full else 262)
+        assert found[subject, "test_images"] == (113 if full else 106)
+        trials = bold.trials(subject)
+        sizes = [333] * 6 + [370] * 3 if not full else [333] * 8 + [370] * 7
+        assert sorted(trials["session"].value_counts().tolist()) == sizes
+        counts = Counter(trials["stimulus_id"][trials["split"] == "test"])
+        assert Counter(counts.values()) == histogram
+    four = set(bold.trials("CSI4")["stimulus_id"])
+    assert four < set(bold.trials("CSI1")["stimulus_id"])
     stimuli = bold.stimuli()
     assert len(stimuli) == len({s.image_uid for s in stimuli}) == 4916
     kinds = Counter(s.image_uid.partition(":")[0] for s in stimuli)
@@ -244,7 +262,60 @@ def test_genuine_lists_give_the_published_counts(tmp_path: Path) -> None:
     scenes = Counter(s.categories[0] for s in stimuli if s.image_uid.startswith("scene:"))
     assert len(scenes) == 250
     assert set(scenes.values()) == {4}
+    synsets = Counter(s.categories[0] for s in stimuli if s.image_uid.startswith("imagenet:"))
+    assert len(synsets) == 958
+    assert set(synsets.values()) == {2}
     assert sum(s.is_test for s in stimuli) == 113
+    assert sum(s.stimulus_id.endswith(".jpeg") for s in stimuli) == 15
+
+
+@pytest.mark.parametrize("subject", ["CSI4"])
+def test_all_families_of_genuine_lists_agree(tmp_path: Path, subject: str) -> None:
+    """The genuine order as run lists with ``rep_``, as CSI0k list with ``rep_``, and plain."""
+    config = genuine_tree(tmp_path, (subject,))
+    order = genuine_orders()[subject]
+    repeated = set((GENUINE / "repeated_stimuli_113_list.txt").read_text().split())
+    lines = [f"rep_{name}" if name in repeated else name for name in order]
+    plain = BOLD5000Reader(config.datasets[0]).trials(subject)
+    flat = tmp_path / "ROIs" / "stim_lists" / f"CSI0{subject[-1]}_stim_lists.txt"
+    flat.parent.mkdir(parents=True)
+    flat.write_text("\n".join(lines))
+    (tmp_path / f"sub-{subject}_imgnames.txt").unlink()
+    assert BOLD5000Reader(config.datasets[0]).trials(subject).equals(plain)
+    session_N, run_N = published_structure(subject)
+    for start in range(0, len(lines), 37):
+        session, run = session_N[start], run_N[start]
+        folder = tmp_path / f"Stimuli_Presentation_Lists/{subject}/{subject}_sess{session:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"CSI_sess{session:02d}_run{run:02d}.txt"
+        path.write_text("\n".join(lines[start : start + 37]))
+    runs = BOLD5000Reader(config.datasets[0])
+    assert runs.trials(subject).equals(plain)
+    assert all(finding.ok for finding in runs.consistency(subject))
+    flat.write_text("\n".join([lines[1], lines[0], *lines[2:]]))
+    (wrong,) = [one for one in runs.consistency(subject) if not one.ok]
+    assert f"line 1 is {order[1]}, not {order[0]}" in wrong.detail
+
+
+def test_release_1_files_of_another_kind_are_refused(files: BOLD5000Files) -> None:
+    folder = files.root / "ROIs" / "CSI1"
+    for kind in ("mat", "h5"):
+        (folder / kind).mkdir(parents=True)
+    mat, h5 = folder / "mat/CSI1_ROIs_TR34.mat", folder / "h5/CSI1_ROIs_TR34.h5"
+    old = {"options": {"source": "release1"}}
+    with h5py.File(mat, "w") as file:
+        for roi, array in files.arrays.items():
+            file[roi] = array.T
+    with pytest.raises(
+        DataError, match=r"MATLAB 7\.3 \(HDF5\) file; the published file is MATLAB 5"
+    ):
+        reader(files, **old).betas("CSI1", 1)
+    mat.rename(files.root / "other.h5")
+    with h5py.File(h5, "w") as file:
+        for roi in files.arrays:
+            file[roi] = h5py.ExternalLink(str(files.root / "other.h5"), roi)
+    with pytest.raises(DataError, match="is a link into"):
+        reader(files, **old).betas("CSI1", 1)
 
 
 def test_check_names_the_first_fact_that_differs(tmp_path: Path) -> None:

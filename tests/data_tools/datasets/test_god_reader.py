@@ -8,10 +8,14 @@ import h5py
 import numpy as np
 import pytest
 import scipy.io
+from bold5000_files import genuine_orders
 from PIL import Image
 
+from data_tools.check import check
 from data_tools.datasets.god import GODReader, decode_label, encode_label
-from dist_decoder.config.data import DatasetConfig
+from data_tools.datasets.identity import uid_of_bold5000_name
+from data_tools.split_policies import synset_notes, synset_of, synsets_of_tests
+from dist_decoder.config.data import DataConfig, DatasetConfig
 from dist_decoder.errors import ConfigError, DataError
 
 GENUINE = Path(__file__).with_name("genuine") / "god_image_ids.csv"
@@ -57,7 +61,7 @@ class GODFiles:
         """Return keys, (K, columns) metadata and the matrix."""
         columns = {"DataType": self.types, "Run": self.runs, own[0]: self.labels}
         for extra in own[1:]:
-            columns[extra] = np.full(15, 99.0)  # wrong on purpose, as before version 5
+            columns[extra] = np.full(len(self.names), 99.0)  # wrong on purpose, as before version 5
         block = np.column_stack(list(columns.values()))
         parts = [self.voxels, block] if voxels_first else [block, self.voxels]
         matrix = np.hstack(parts)
@@ -233,3 +237,104 @@ def test_subjects_are_ordered_and_limited(files: GODFiles) -> None:
     facts = reader(files).facts().subjects
     assert (facts["sub-01"].trials, facts["sub-01"].voxels) == (3450, 4466)
     assert reader(files, roi="V1").facts().subjects["sub-01"].voxels is None
+
+
+@pytest.mark.parametrize("kind", ["mat", "h5"])
+def test_one_back_trials_are_left_out(files: GODFiles, kind: str) -> None:
+    # Row 1 repeats row 0; row 9 repeats row 8, the end of another run, and stays.
+    files.labels[1] = files.labels[0]
+    files.names[1] = files.names[0]
+    files.labels[13] = files.labels[12]
+    files.write_mat() if kind == "mat" else files.write_h5()
+    god = reader(files)
+    trials = god.trials("sub-01")
+    assert (trials["split"] == "train").sum() == 5
+    assert trials["stimulus_id"].tolist()[:5] == [files.names[0], *files.names[2:6]]
+    assert (trials["split"] == "test").sum() == 6
+    assert (trials["split"] == "imagery").sum() == 3  # imagined twice is no task
+    chosen = [v for v in range(NUM_VOXELS) if v != 8]
+    expected = files.voxels[[0, 2, 3, 4, 5]][:, chosen].astype(np.float32)
+    np.testing.assert_array_equal(god.betas("sub-01", 1), expected)
+    found = {one.fact: one.detail for one in god.consistency("sub-01")}
+    assert found["one-back trials"] == "1 left out"
+
+
+def test_wrong_indices_of_old_files_change_nothing(files: GODFiles) -> None:
+    """image_index and category_index are wrong before version 5: here wrong in two ways."""
+    found = []
+    for wrong in (99.0, 1.0):
+        path = files.write_h5()
+        with h5py.File(path, "a") as file:
+            keys = [key.decode() for key in file["metadata/key"][...]]
+            values = file["metadata/value"][...]
+            for key in ("image_index", "category_index"):
+                (column,) = np.flatnonzero(values[keys.index(key)] == 1)
+                assert (file["dataset"][:, column] == 99.0).all()
+                file["dataset"][:, column] = wrong
+        god = reader(files)
+        found.append((god.trials("sub-01"), god.stimuli(), god.betas("sub-01", 2)))
+    assert found[0][0].equals(found[1][0])
+    assert found[0][0]["stimulus_id"].tolist() == files.names
+    assert found[0][1] == found[1][1]
+    np.testing.assert_array_equal(found[0][2], found[1][2])
+
+
+def test_links_are_refused(files: GODFiles) -> None:
+    path = files.write_h5()
+    with h5py.File(path, "a") as file, h5py.File(files.root / "other.hdf5", "w") as other:
+        other["dataset"] = file["dataset"][...]
+        del file["dataset"]
+        file["dataset"] = h5py.ExternalLink(str(files.root / "other.hdf5"), "dataset")
+    with pytest.raises(DataError, match="is a link into"):
+        reader(files).trials("sub-01")
+
+
+def genuine_samples() -> GODFiles:
+    """The published numbers of rows of one subject, with the genuine ids."""
+    files = GODFiles.__new__(GODFiles)
+    training, test = NAMES[:1200], NAMES[1200:]
+    rng = np.random.default_rng(6)
+    files.names = [training[i] for i in rng.permutation(1200)]
+    for _ in range(35):
+        files.names += [test[i] for i in rng.permutation(50)]
+    for _ in range(10):
+        files.names += [test[i] for i in rng.permutation(50)]
+    files.types = np.repeat([1.0, 2.0, 3.0], [1200, 1750, 500])
+    runs = [np.arange(1200) // 50, np.arange(1750) // 50, np.arange(500) // 25]
+    files.runs = np.concatenate(runs) + 1.0
+    files.labels = np.array([label(name) for name in files.names])
+    files.voxels = rng.normal(size=(3450, NUM_VOXELS))
+    files.xyz = rng.normal(size=(3, NUM_VOXELS))
+    files.rois = {"VC": np.ones(NUM_VOXELS, bool)}
+    return files
+
+
+def test_genuine_ids_give_the_published_counts_and_the_excluded_synsets(tmp_path: Path) -> None:
+    files = genuine_samples()
+    files.root = tmp_path
+    files.write_mat(1)
+    files.write_h5(2)
+    for name in set(files.names):
+        folder = "test" if name in NAMES[1200:] else "training"
+        path = tmp_path / "images" / folder / name.split("_")[0] / f"{name}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    dataset = {"name": "god", "path": tmp_path, "expect": "counts"}
+    config = DataConfig.model_validate(
+        {"output": tmp_path / "out", "datasets": [dataset], "check": {"images": 0}}
+    )
+    report = check(config)
+    assert report.ok, report.first_difference
+    found = {(row.subject, row.fact): row.found for row in report.rows}
+    for subject in ("sub-01", "sub-02"):
+        counts = [found[subject, fact] for fact in ("train_trials", "test_images", "test_trials")]
+        assert counts == [1200, 50, 1750]
+    stimuli = reader(files).stimuli()
+    where = {one.image_uid: "test" if one.is_test else "train" for one in stimuli}
+    (synsets,) = synsets_of_tests({"god": where}).values()
+    assert len(synsets) == 50
+    assert not synsets & {synset_of(uid) for uid, split in where.items() if split == "train"}
+    # 20 of them are trained on by BOLD5000.
+    bold = {uid_of_bold5000_name(n): "train" for names in genuine_orders().values() for n in names}
+    (note,) = synset_notes({"god": where, "bold5000": bold})
+    assert note.startswith("god: 20 of 50 test synsets")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import pytest
 import scipy.io
 from PIL import Image
 
+from data_tools.fabricate.bold5000 import num_once_shown
 from data_tools.fabricate.catalogue import Catalogue
-from data_tools.fabricate.god import label_number
+from data_tools.fabricate.god import _h5, god_subjects, label_number
+from data_tools.fabricate.world import World
+from dist_decoder.config.data import DataConfig
 from dist_decoder.stats.reliability import ncsnr
 
 
@@ -127,3 +131,23 @@ def test_pictures_lie_in_synset_folders(god: Path, tiny_catalogue: Catalogue) ->
     assert Image.open(god / sorted(files)[0]).size == (64, 64)
     training = {p.label for p in tiny_catalogue.god_training}
     assert not training & {p.label for p in tiny_catalogue.god_test}
+
+
+def test_wrong_indices_leave_everything_else_alone(tiny_config: DataConfig, god: Path) -> None:
+    assert tiny_config.fabricate is not None
+    wrong = tiny_config.fabricate.god.model_copy(update={"wrong_indices": True})
+    fabricated = tiny_config.fabricate.model_copy(update={"god": wrong})
+    catalogue = Catalogue(World(fabricated, tiny_config.seed), num_once_shown(fabricated))
+    files = []
+    for data in (_h5(god_subjects(catalogue)[0]), (god / "Subject1.h5").read_bytes()):
+        with h5py.File(io.BytesIO(data), "r") as file:
+            keys = [key.decode() for key in file["metadata/key"][...]]
+            value, matrix = file["metadata/value"][...], file["dataset"][...]
+        own = [
+            np.flatnonzero(value[keys.index(k)] == 1)[0] for k in ("image_index", "category_index")
+        ]
+        files.append((np.delete(matrix, own, axis=1), matrix[:, own]))
+    np.testing.assert_array_equal(files[0][0], files[1][0])
+    assert (files[0][1][:, 0] != files[1][1][:, 0]).mean() > 0.5
+    # Plausible: the same numbers, at other rows.
+    np.testing.assert_array_equal(np.sort(files[0][1], axis=0), np.sort(files[1][1], axis=0))
