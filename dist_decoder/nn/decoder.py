@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from dist_decoder.config.train import LossConfig, ModelConfig
 from dist_decoder.errors import ConfigError
-from dist_decoder.nn.backbone import MindEye2Mixer, ResidualBackbone, make_backbone
+from dist_decoder.nn.backbone import Backbone, make_backbone
 from dist_decoder.nn.diffusion import DiffusionPrior, sample_times
 from dist_decoder.nn.heads import PooledHead, RetrievalProjector, TokenHead
 from dist_decoder.nn.initialise import initialise
 from dist_decoder.nn.keyed import SampleKeys, keyed_dropout
+from dist_decoder.nn.low_level import LowLevelBranch
+from dist_decoder.nn.neurofusion import NeuroFusionHead
 from dist_decoder.nn.ridge import SubjectRidges
 
 
@@ -50,16 +52,18 @@ class Middle(nn.Module):
 
     def __init__(
         self,
-        backbone: ResidualBackbone | MindEye2Mixer,
-        pooled: PooledHead | None,
+        backbone: Backbone,
+        pooled: PooledHead | NeuroFusionHead | None,
         projector: RetrievalProjector | None,
         prior: DiffusionPrior | None,
+        low_level: LowLevelBranch | None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooled = pooled
         self.projector = projector
         self.prior = prior
+        self.low_level = low_level
 
 
 class Decoder(nn.Module):
@@ -100,16 +104,21 @@ class Decoder(nn.Module):
         self.pooled_dim = pooled_dim if config.pooled else None
         self.token_shape = token_shape if config.tokens else None
         width, shape = config.latent_dim, self.token_shape
-        pooled = self.pooled_dim and PooledHead(width, self.pooled_dim, config.pooled_hidden)
+        pooled: PooledHead | NeuroFusionHead | None = None
+        if self.pooled_dim and config.backbone.mixer == "neurofusion":
+            pooled = NeuroFusionHead(width, self.pooled_dim)
+        elif self.pooled_dim:
+            pooled = PooledHead(width, self.pooled_dim, config.pooled_hidden)
         has_prior = shape is not None and config.prior.enabled
         self.ends = Ends(
             SubjectRidges(subjects, width), TokenHead(width, *shape) if shape else None
         )
         self.middle = Middle(
             make_backbone(width, config.backbone),
-            pooled or None,
+            pooled,
             RetrievalProjector(shape[1]) if shape else None,
             DiffusionPrior(config.prior, *shape) if shape and has_prior else None,
+            LowLevelBranch(width) if config.low_level else None,
         )
         initialise(self, seed)
 
@@ -132,6 +141,8 @@ class Decoder(nn.Module):
             "middle.pooled": loss.pooled_contrastive or loss.pooled_mse,
             "middle.projector": loss.token_contrastive,
             "middle.prior": loss.prior,
+            # Shards hold no VAE latents: this branch is imported, and kept as it is.
+            "middle.low_level": 0.0,
             "ends.tokens": loss.token_contrastive or loss.token_mse or loss.prior,
         }
         for name, weight in wanted.items():
@@ -159,7 +170,8 @@ class Decoder(nn.Module):
             batch_size: B.
             keys: identities of the samples in training (noise, dropout); None in inference.
             prior_target_BTD: clean tokens; with keys, adds the output ``prior`` (B, T, D).
-            outputs: of ``pooled``, ``tokens``, ``retrieval``, ``prior``.
+            outputs: of ``pooled``, ``tokens``, ``retrieval``, ``prior``, ``low_level``. The last
+                stands for two: ``low_level`` (B, 4, 28, 28) and ``low_level_maps`` (B, 49, 512).
         """
         if keys is not None and self.config.voxel_noise > 0:
             voxels = self._add_noise(voxels, rows, keys)
@@ -170,6 +182,8 @@ class Decoder(nn.Module):
         if "pooled" in outputs and self.middle.pooled is not None:
             found["pooled"] = self.middle.pooled(latents)
         wanted = set(outputs)
+        if "low_level" in wanted and self.middle.low_level is not None:
+            found["low_level"], found["low_level_maps"] = self.middle.low_level(latents, keys)
         if self.ends.tokens is not None and {"tokens", "retrieval", "prior"} & wanted:
             found["tokens"] = self.ends.tokens(latents)
             if "retrieval" in wanted and self.middle.projector is not None:
