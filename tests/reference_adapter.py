@@ -5,15 +5,25 @@ Every function only converts types and calls the product.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dist_decoder.config.train import BackboneConfig, ModelConfig, PriorConfig
 from dist_decoder.encoders.clip import normalise_pixels
 from dist_decoder.eval import reconstruction
 from dist_decoder.eval.retrieval import brain_to_image_hits, cosine_scores, image_to_brain_hits
+from dist_decoder.exchange.pickles import read_released
+from dist_decoder.exchange.released import decoder_from_released, ridge_voxels
+from dist_decoder.nn.decoder import Decoder
+from dist_decoder.nn.diffusion import DiffusionPrior, make_scheduler
+from dist_decoder.nn.mindeye2_names import key_table as released_key_table
+from dist_decoder.nn.mindeye2_names import mindeye2_config
+from dist_decoder.nn.neurofusion import load_neurofusion
+from dist_decoder.nn.noise_schedule import noise_schedule as schedule_tables
 
 Array = NDArray[Any]
 
@@ -53,3 +63,118 @@ def nway(probs: Array, true_class: int, n_way: int) -> float:
 def clip_preprocess(image: Array) -> Array:
     pixels = torch.as_tensor(image, dtype=torch.float32)
     return normalise_pixels(pixels, CLIP_MEAN, CLIP_STD, "mindeye2").numpy()
+
+
+def backbone(weights: dict[str, Array], ridge_out: Array, n_blocks: int, clip_size: int) -> Any:
+    latents = ridge_out.shape[-1]
+    state = {f"backbone.{key}": torch.from_numpy(value) for key, value in weights.items()}
+    return _outputs(with_identity_ridge(state, latents), ridge_out[:, 0])
+
+
+def prior(
+    weights: dict[str, Array], noisy: Array, t: Array, brain: Array, drop: bool, **_: int
+) -> Array:
+    dropped = torch.full((len(noisy),), drop)
+    with torch.no_grad():
+        return (
+            _prior(weights).net(*map(torch.from_numpy, (noisy, t, brain)), dropped, dropped).numpy()
+        )
+
+
+def q_sample(x0: Array, t: Array, noise: Array, timesteps: int) -> Array:
+    scheduler = make_scheduler(timesteps)
+    return scheduler.add_noise(*map(torch.from_numpy, (x0, noise, t))).numpy()
+
+
+def noise_schedule(timesteps: int) -> dict[str, Array]:
+    return {name: table.numpy() for name, table in schedule_tables(timesteps).items()}
+
+
+def prior_sample(weights: dict[str, Array], brain: Array, noises: Array, **_: int) -> Array:
+    return _prior(weights).sample(torch.from_numpy(brain), torch.from_numpy(noises)).numpy()
+
+
+def import_checkpoint(path: str, subject_index: int, voxels: Array) -> dict[str, Array]:
+    state = read_released(Path(path))
+    order = [f"recorded/{index}" for index in range(len(ridge_voxels(state)))]
+    return _outputs(decoder_from_released(state, order), voxels[:, 0], order[subject_index])
+
+
+def key_table(voxels: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        decoder = Decoder(
+            mindeye2_config(hidden, 4, True, PriorConfig()), {"nsd/subj01": voxels}, None,
+            (256, 1664),
+        )  # fmt: skip
+    return released_key_table(decoder, ["nsd/subj01"])
+
+
+def neurofusion_encoder(weights: dict[str, Array], x: Array, subject: Array) -> dict[str, Array]:
+    return {
+        name: _neurofusion(weights, x, subject, batch_attention)
+        for name, batch_attention in (("as_released", True), ("per_sample", False))
+    }
+
+
+def with_identity_ridge(state: dict[str, torch.Tensor], latents: int) -> Decoder:
+    """Return the decoder whose only subject's voxels are the latents themselves."""
+    ridge = {"ridge.linears.0.weight": torch.eye(latents)}
+    ridge["ridge.linears.0.bias"] = torch.zeros(latents)
+    return decoder_from_released({**ridge, **state}, ["recorded/0"])
+
+
+def _outputs(decoder: Decoder, voxels: Array, subject: str = "recorded/0") -> dict[str, Array]:
+    rows = torch.arange(len(voxels))
+    wanted = ("tokens", "retrieval", "low_level")
+    with torch.no_grad():
+        found = decoder(
+            {subject: torch.from_numpy(voxels)}, {subject: rows}, len(rows), outputs=wanted
+        )
+    names = {"tokens": "tokens", "clip": "retrieval", "latent": "low_level"}
+    names["aux"] = "low_level_maps"
+    return {name: found[ours].numpy() for name, ours in names.items()}
+
+
+def _prior(weights: dict[str, Array]) -> DiffusionPrior:
+    state = {f"diffusion_prior.{key}": torch.from_numpy(value) for key, value in weights.items()}
+    num_tokens, width = weights["net.null_brain_embeds"].shape
+    state["backbone.backbone_linear.weight"] = torch.zeros(num_tokens * width, 1)
+    state["backbone.backbone_linear.bias"] = torch.zeros(num_tokens * width)
+    for index in range(9):
+        if index % 3 != 1:
+            square = (width, width) if index % 3 == 2 else (width,)
+            state[f"backbone.clip_proj.{index}.weight"] = torch.zeros(square)
+            state[f"backbone.clip_proj.{index}.bias"] = torch.zeros(width)
+    made = with_identity_ridge(state, 1).middle.prior
+    assert made is not None
+    return made
+
+
+def _neurofusion(
+    weights: dict[str, Array], x: Array, subject: Array, batch_attention: bool
+) -> Array:
+    width = weights["net.1.weight"].shape[0]
+    layers = sum(key.endswith(".linear1.weight") for key in weights)
+    names = {f"recorded/{int(number)}": x.shape[1] for number in np.unique(subject)}
+    config = ModelConfig(
+        latent_dim=width,
+        tokens=False,
+        prior=PriorConfig(enabled=False),
+        backbone=BackboneConfig(
+            mixer="neurofusion",
+            blocks=layers,
+            hidden=weights["transformer.layers.0.linear1.weight"].shape[0],
+            batch_attention=batch_attention,
+        ),
+    )
+    decoder = Decoder(config, names, weights["net.5.weight"].shape[0], None)
+    tensors = {key: torch.from_numpy(value) for key, value in weights.items()}
+    load_neurofusion(decoder, tensors, {name: name.rpartition("/")[2] for name in names})
+    rows = {name: np.flatnonzero(subject == int(name.rpartition("/")[2])) for name in names}
+    with torch.no_grad():
+        found = decoder(
+            {name: torch.from_numpy(x[places]) for name, places in rows.items()},
+            {name: torch.from_numpy(places) for name, places in rows.items()},
+            len(x),
+        )
+    return found["pooled"].numpy()

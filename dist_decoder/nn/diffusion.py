@@ -66,12 +66,14 @@ class DiffusionPrior(nn.Module):
 
 def make_scheduler(timesteps: int) -> DDPMScheduler:
     """Return the cosine schedule: f(i) = cos^2((i/T + .008) / 1.008 * pi/2), beta <= .999."""
-    return DDPMScheduler(
-        num_train_timesteps=timesteps,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="sample",
-        clip_sample=False,
-    )
+    # No parameters: a model that is made on the meta device and then loaded needs real numbers.
+    with torch.device("cpu"):
+        return DDPMScheduler(
+            num_train_timesteps=timesteps,
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type="sample",
+            clip_sample=False,
+        )
 
 
 def sample_times(timesteps: int, steps: int) -> list[int]:

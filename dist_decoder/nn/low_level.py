@@ -50,9 +50,7 @@ class LowLevelBranch(nn.Module):
             nn.Conv2d(_MAP_WIDTH, _MAP_WIDTH, 1),
         )
 
-    def forward(
-        self, latents_BL: Tensor, keys: SampleKeys | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, latents_BL: Tensor, keys: SampleKeys | None = None) -> tuple[Tensor, Tensor]:
         """Return VAE latents (B, 4, 28, 28) and contrastive maps (B, 49, 512)."""
         seeds = keyed_dropout(self.seed(latents_BL), _DROPOUT, keys, "low-level-dropout")
         seeds_BCHW = self.norm(seeds.view(-1, _CHANNELS, _SIDE, _SIDE))

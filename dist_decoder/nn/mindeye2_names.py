@@ -17,6 +17,7 @@ from dist_decoder.nn.noise_schedule import noise_schedule
 
 _PRIOR = "diffusion_prior.net"
 _TRANSFORMER = f"{_PRIOR}.causal_transformer"
+_BIAS = f"{_TRANSFORMER}.rel_pos_bias.relative_attention_bias"
 _ROTARY_CHANNELS = 32
 SCHEDULE_PREFIX = "diffusion_prior.noise_scheduler."
 
@@ -24,7 +25,7 @@ _WHOLE = {
     "ends.tokens": "backbone.backbone_linear",
     "middle.low_level.seed": "backbone.blin1",
     "middle.low_level.norm": "backbone.bnorm",
-    "middle.prior.net.bias.embedding": f"{_TRANSFORMER}.rel_pos_bias.relative_attention_bias.weight",
+    "middle.prior.net.bias.embedding": f"{_BIAS}.weight",
     "middle.prior.net.learned_query": f"{_PRIOR}.learned_query",
     "middle.prior.net.null_brain": f"{_PRIOR}.null_brain_embeds",
     "middle.prior.net.null_image": f"{_PRIOR}.null_image_embed",

@@ -9,12 +9,23 @@ with it; ``batch_attention`` replicates that, for comparison only. Dropout is ke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_decoder.config.train import BackboneConfig
 from dist_decoder.errors import ConfigError
 from dist_decoder.nn.keyed import SampleKeys, keyed_dropout
+
+_LAYER_NAMES = {
+    "qkv": "self_attn.in_proj_",
+    "out": "self_attn.out_proj.",
+    "up": "linear1.",
+    "down": "linear2.",
+    "norm_attention": "norm1.",
+    "norm_mlp": "norm2.",
+}
 
 
 class TransformerLayer(nn.Module):
@@ -87,3 +98,36 @@ class NeuroFusionHead(nn.Module):
         """Return pooled_BE."""
         hidden = F.gelu(self.norms[1](self.first(self.norms[0](latents_BL))))
         return self.out(self.norms[2](self.narrow(self.second(hidden))))
+
+
+def load_neurofusion(
+    decoder: nn.Module, state: Mapping[str, Tensor], ids: Mapping[str, str]
+) -> None:
+    """Put weights under the names of the authors' notebooks into a decoder.
+
+    Args:
+        decoder: with ``backbone.mixer=neurofusion`` and the sizes of the weights.
+        state: ``alignment_layers.<id>``, ``transformer.layers.<i>``, ``net.<i>``,
+            ``alignment_layer``.
+        ids: our subject -> the released number.
+    """
+    renamed = {
+        "middle.pooled.norms.0": "net.0",
+        "middle.pooled.first": "net.1",
+        "middle.pooled.norms.1": "net.2",
+        "middle.pooled.second": "net.4",
+        "middle.pooled.narrow": "net.5",
+        "middle.pooled.norms.2": "net.6",
+        "middle.pooled.out": "alignment_layer",
+    }
+    renamed |= {f"ends.ridge.layers.{s}": f"alignment_layers.{number}" for s, number in ids.items()}
+    weights = {}
+    for name, _ in decoder.named_parameters():
+        stem, _, kind = name.rpartition(".")
+        if stem.startswith("middle.backbone.layers."):
+            index, part = stem.split(".")[3:]
+            key = f"transformer.layers.{index}.{_LAYER_NAMES[part]}{kind}"
+        else:
+            key = f"{renamed[stem]}.{kind}"
+        weights[name] = state[key]
+    decoder.load_state_dict(weights)
