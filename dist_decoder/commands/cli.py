@@ -6,8 +6,9 @@ from typing import Any, NoReturn
 
 import typer
 
-from dist_decoder.config.commandline import add_verb, make_app, run_app, run_verb
+from dist_decoder.config.commandline import VerbCommand, add_verb, make_app, run_app, run_verb
 from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig, ReportConfig
+from dist_decoder.config.exchange import ExportConfig, ImportConfig
 from dist_decoder.config.train import AdaptConfig, TrainConfig
 
 app = make_app("dist-decoder", "Train, adapt, predict with, and evaluate fMRI-to-image decoders.")
@@ -71,6 +72,43 @@ add_verb(
     render=_lazy_render("dist_decoder.commands.report:render"),
     failed=lambda result: bool(result["failures"]),
 )
+add_verb(
+    app,
+    "import-mindeye2",
+    ImportConfig,
+    "dist_decoder.exchange.import_mindeye2:import_mindeye2",
+    "Make a run folder from a released MindEye2 checkpoint (last.pth or a DeepSpeed folder).\n\n"
+    "No code in the file is run. Every key must be known; a ridge layer belongs to the NSD subject "
+    "with as many voxels unless `subjects` names it.",
+    config_required=False,
+)
+
+
+class _ExportCommand(VerbCommand):
+    verb_schema = ExportConfig
+
+
+@app.command("export", cls=_ExportCommand)
+def export(
+    config: str | None = typer.Argument(None, metavar="CONFIG", help="YAML file. Optional."),
+    overrides: list[str] | None = typer.Argument(
+        None, metavar="KEY.PATH=VALUE", help="Override keys of the file; last one wins."
+    ),
+    layout: str | None = typer.Option(
+        None, "--format", help="safetensors or mindeye2: the same as format=..."
+    ),
+    json_output: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+) -> None:
+    """Write a model for others: safetensors, config and model card, or MindEye2's last.pth."""
+    given = [*(overrides or ()), *([f"format={layout}"] if layout else ())]
+    run_verb(
+        ExportConfig,
+        "dist_decoder.exchange.export:export",
+        config,
+        given,
+        json_output,
+        config_required=False,
+    )
 
 
 @app.command("show-config")

@@ -93,8 +93,7 @@ def structural_similarity(
     if side <= 2 * _SSIM_BORDER:
         raise DataError(f"SSIM needs pictures wider than {2 * _SSIM_BORDER} pixels, not {side}")
     images_NHW, recons_NHW = (
-        np.tensordot(resized(x, side), _LUMA_3, axes=([1], [0]))
-        for x in (images_N3HW, recons_N3HW)
+        np.tensordot(resized(x, side), _LUMA_3, axes=([1], [0])) for x in (images_N3HW, recons_N3HW)
     )
     return np.array([_ssim(x, y) for x, y in zip(images_NHW, recons_NHW, strict=True)])
 
