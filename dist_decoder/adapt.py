@@ -179,7 +179,7 @@ def _job(
         config=config.model_dump(mode="json"),
         ema=config.optim.ema_decay > 0,
         base=_base_info(config.run, base) if from_base else None,
-        lora=config.lora if from_base else None,
+        lora=config.adapters if from_base else None,
     )
     decoder = _start_model(config, document, data, base, folder, world)
     loss = config.loss or LossConfig.model_validate(base.config["loss"])
@@ -225,7 +225,7 @@ def _start_model(
     decoder = make_decoder(document)
     if config.start == "base":
         load_base(decoder, base.folder)
-        add_lora(decoder, config.lora, config.seed)
+        add_lora(decoder, config.adapters, config.seed)
     if not run_on_first(lambda: bool(checkpoints_of(folder / "checkpoints")), world):
         start_ridges(
             decoder,

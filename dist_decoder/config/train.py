@@ -255,14 +255,33 @@ class TrainConfig(Section):
     log: LogConfig = LogConfig()
 
 
+Part = Literal["backbone", "pooled", "projector", "tokens"]
+
+
 class LoraConfig(Section):
-    """Low-rank adapters of peft."""
+    """What is trained besides the new subject's ridge layer."""
 
     rank: Annotated[int, Field(ge=0)] = 8
-    """0 switches LoRA off (only the new ridge layer is trained)."""
+    """Of all low-rank adapters; 0 switches them off."""
     alpha: Positive = 8.0
-    targets: tuple[Literal["backbone", "pooled", "projector"], ...] = ("backbone",)
+    targets: tuple[Part, ...] = ("backbone",)
     """Parts whose linear layers get adapters."""
+    full_modules: tuple[Part | Literal["prior", "low_level"], ...] = ()
+    """Parts whose own weights are trained in full (MindTuner: projector; a full fine-tune: all)."""
+    skip: tuple[Literal["align", "blocks"], ...] = ()
+    """Skip-LoRA from the voxels. align: added to the subject layer's latents. blocks: the released
+    place in mixer=mindeye2, without effect; to count parameters only."""
+    dead_layers: bool = False
+    """Put adapters on MindEye2's layers without effect too, as released."""
+
+    @model_validator(mode="after")
+    def _once(self) -> LoraConfig:
+        both = set(self.targets) & set(self.full_modules) if self.rank else set()
+        if both:
+            raise ValueError(f"{', '.join(sorted(both))}: in targets and in full_modules")
+        if self.skip and not self.rank:
+            raise ValueError("skip needs a rank above 0")
+        return self
 
 
 class AdaptConfig(Section):
@@ -281,6 +300,9 @@ class AdaptConfig(Section):
     """dataset/subject of the new subject."""
     sessions: PositiveInt = 1
     """Use rows of the first sessions only."""
+    alignment_only: bool = False
+    """Train the ridge layer of the new subject and nothing else (NeuroFusion's partial transfer);
+    lora must then be left out."""
     lora: LoraConfig = LoraConfig()
     lrs: tuple[float, ...] = (3e-4,)
     """Learning rates to try; the best on the validation images is kept. Test images are never
@@ -293,3 +315,16 @@ class AdaptConfig(Section):
     engine: EngineConfig = EngineConfig(zero_stage=0)
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _one_recipe(self) -> AdaptConfig:
+        if self.alignment_only and self.lora != LoraConfig():
+            raise ValueError("alignment_only=true trains no adapter: remove lora")
+        if self.alignment_only and self.start == "scratch":
+            raise ValueError("alignment_only=true needs start=base: nothing else is trained")
+        return self
+
+    @property
+    def adapters(self) -> LoraConfig:
+        """What is trained besides the ridge layer."""
+        return LoraConfig(rank=0) if self.alignment_only else self.lora

@@ -22,8 +22,10 @@ from dist_decoder.nn.heads import PooledHead, RetrievalProjector, TokenHead
 from dist_decoder.nn.initialise import initialise
 from dist_decoder.nn.keyed import SampleKeys, keyed_dropout
 from dist_decoder.nn.low_level import LowLevelBranch
+from dist_decoder.nn.low_rank import LowRankTokenHead, SkipLora
 from dist_decoder.nn.neurofusion import NeuroFusionHead
 from dist_decoder.nn.ridge import SubjectRidges
+from dist_decoder.nn.temperature import LearnedTemperature
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,11 @@ class Ends(nn.Module):
     def __init__(self, ridge: SubjectRidges, tokens: TokenHead | None) -> None:
         super().__init__()
         self.ridge = ridge
-        self.tokens = tokens
+        self.tokens: TokenHead | LowRankTokenHead | None = tokens
+        self.skip: SkipLora | None = None
+        """Skip-LoRA of an adapted model; added to the subject layers' latents."""
+        self.dead_skips: nn.ModuleList | None = None
+        """Skip-LoRA at the released place, where it has no effect; to count parameters only."""
 
 
 class Middle(nn.Module):
@@ -57,6 +63,7 @@ class Middle(nn.Module):
         projector: RetrievalProjector | None,
         prior: DiffusionPrior | None,
         low_level: LowLevelBranch | None,
+        temperature: LearnedTemperature | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -64,6 +71,7 @@ class Middle(nn.Module):
         self.projector = projector
         self.prior = prior
         self.low_level = low_level
+        self.temperature = temperature
 
 
 class Decoder(nn.Module):
@@ -119,6 +127,7 @@ class Decoder(nn.Module):
             RetrievalProjector(shape[1]) if shape else None,
             DiffusionPrior(config.prior, *shape) if shape and has_prior else None,
             LowLevelBranch(width) if config.low_level else None,
+            LearnedTemperature(config.learned_temperature) if config.learned_temperature else None,
         )
         initialise(self, seed)
 
@@ -137,13 +146,15 @@ class Decoder(nn.Module):
         A part without a gradient would still be decayed by AdamW, and never be of use.
         """
         unused = []
+        projected = loss.token_contrastive or loss.bimixco or loss.softclip or loss.relational
         wanted = {
             "middle.pooled": loss.pooled_contrastive or loss.pooled_mse,
-            "middle.projector": loss.token_contrastive,
+            "middle.projector": projected,
             "middle.prior": loss.prior,
             # Shards hold no VAE latents: this branch is imported, and kept as it is.
-            "middle.low_level": 0.0,
-            "ends.tokens": loss.token_contrastive or loss.token_mse or loss.prior,
+            "middle.low_level": loss.low_level_l1 or loss.low_level_contrastive,
+            "middle.temperature": loss.pooled_contrastive or loss.token_contrastive,
+            "ends.tokens": projected or loss.token_mse or loss.prior,
         }
         for name, weight in wanted.items():
             side, _, part = name.partition(".")
@@ -172,13 +183,25 @@ class Decoder(nn.Module):
             prior_target_BTD: clean tokens; with keys, adds the output ``prior`` (B, T, D).
             outputs: of ``pooled``, ``tokens``, ``retrieval``, ``prior``, ``low_level``. The last
                 stands for two: ``low_level`` (B, 4, 28, 28) and ``low_level_maps`` (B, 49, 512).
+                ``subject_latents`` are those before the backbone; ``skip_latents`` of Skip-LoRA
+                come with ``linear_latents`` of the subject layers.
         """
         if keys is not None and self.config.voxel_noise > 0:
             voxels = self._add_noise(voxels, rows, keys)
         latents = self.ridge(voxels, rows, batch_size)
+        found: dict[str, Tensor] = {}
+        if self.ends.skip is not None:
+            skip_latents = self.ends.skip(voxels, rows, batch_size)
+            if "skip_latents" in outputs:
+                found |= {"linear_latents": latents, "skip_latents": skip_latents}
+            latents = latents + skip_latents
+        if "subject_latents" in outputs:
+            found["subject_latents"] = latents
         latents = keyed_dropout(latents, self.config.ridge_dropout, keys, "ridge-dropout")
         latents = self.middle.backbone(latents, keys)
-        found = {"latents": latents}
+        found["latents"] = latents
+        if keys is not None and self.middle.temperature is not None:
+            found["temperature"] = self.middle.temperature()
         if "pooled" in outputs and self.middle.pooled is not None:
             found["pooled"] = self.middle.pooled(latents)
         wanted = set(outputs)
