@@ -6,10 +6,12 @@ from typing import Any, NoReturn
 
 import typer
 
+from dist_decoder.commands.config_kind import kind_of_config
 from dist_decoder.config.commandline import VerbCommand, add_verb, make_app, run_app, run_verb
+from dist_decoder.config.estimate import EstimateConfig
 from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig, ReportConfig
 from dist_decoder.config.exchange import ExportConfig, ImportConfig
-from dist_decoder.config.train import AdaptConfig, TrainConfig
+from dist_decoder.config.train import AdaptConfig, ClassStatisticsConfig, TrainConfig
 
 app = make_app("dist-decoder", "Train, adapt, predict with, and evaluate fMRI-to-image decoders.")
 
@@ -43,6 +45,15 @@ add_verb(
     "dist_decoder.commands.adapt:run",
     "Adapt a trained decoder to a new subject from little data.",
     render=_lazy_render("dist_decoder.commands.adapt:render"),
+)
+add_verb(
+    app,
+    "class-statistics",
+    ClassStatisticsConfig,
+    "dist_decoder.commands.class_statistics:run",
+    "Describe a joint model's tokens by image class, for the class losses of adapt.\n\n"
+    "Source subjects only. Refused if the class similarities carry no semantics.",
+    render=_lazy_render("dist_decoder.commands.class_statistics:render"),
 )
 
 
@@ -82,6 +93,35 @@ add_verb(
     "with as many voxels unless `subjects` names it.",
     config_required=False,
 )
+
+
+class _EstimateCommand(VerbCommand):
+    verb_schema = EstimateConfig
+
+
+@app.command("estimate", cls=_EstimateCommand)
+def estimate(
+    config: str = typer.Argument(..., metavar="CONFIG", help="YAML of estimate, train or adapt."),
+    overrides: list[str] | None = typer.Argument(
+        None, metavar="KEY.PATH=VALUE", help="Override keys of the file; last one wins."
+    ),
+    json_output: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+) -> None:
+    """Count parameters, operations, memory and traffic of a run, without running it."""
+    schemas = {
+        "estimate": (EstimateConfig, "estimate"),
+        "train": (TrainConfig, "estimate_training"),
+        "adapt": (AdaptConfig, "estimate_adaptation"),
+    }
+    schema, function = schemas[kind_of_config(config, tuple(overrides or ()))]
+    run_verb(
+        schema,
+        f"dist_decoder.estimate.estimate:{function}",
+        config,
+        overrides or (),
+        json_output,
+        render=_lazy_render("dist_decoder.estimate.estimate:render"),
+    )
 
 
 class _ExportCommand(VerbCommand):
