@@ -12,23 +12,81 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_decoder.config.train import BackboneConfig, ModelConfig, PriorConfig
+from dist_decoder.config.train import (
+    BackboneConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    PriorConfig,
+)
 from dist_decoder.encoders.clip import normalise_pixels
 from dist_decoder.eval import reconstruction
 from dist_decoder.eval.retrieval import brain_to_image_hits, cosine_scores, image_to_brain_hits
 from dist_decoder.exchange.pickles import read_released
 from dist_decoder.exchange.released import decoder_from_released, ridge_voxels
+from dist_decoder.losses import soft
+from dist_decoder.losses.classes import alike, triplet_alignment
+from dist_decoder.losses.contrastive import cosine_similarity, symmetric_contrastive
+from dist_decoder.losses.mixing import Mixture, mix
+from dist_decoder.losses.mixing import bimixco as mixed_contrastive
+from dist_decoder.losses.perturbation import perturb_subject
+from dist_decoder.losses.schedules import softclip_temperature
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.diffusion import DiffusionPrior, make_scheduler
+from dist_decoder.nn.lora import add_lora, merge_lora
+from dist_decoder.nn.low_rank import SkipLora
 from dist_decoder.nn.mindeye2_names import key_table as released_key_table
-from dist_decoder.nn.mindeye2_names import mindeye2_config
+from dist_decoder.nn.mindeye2_names import mindeye2_config, released_names
 from dist_decoder.nn.neurofusion import load_neurofusion
 from dist_decoder.nn.noise_schedule import noise_schedule as schedule_tables
+from dist_decoder.train.optimizer import learning_rate
 
 Array = NDArray[Any]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def adapters(
+    weights: dict[str, Array],
+    ridge_out: Array,
+    voxels: Array,
+    rank: int,
+    alpha: float,
+    n_blocks: int,
+    clip_size: int,
+) -> dict[str, Array]:
+    tensors = {key: torch.from_numpy(value) for key, value in weights.items()}
+    low_rank = {key: value for key, value in tensors.items() if ".lora_" in key}
+    plain = {
+        f"backbone.{key}": value
+        for key, value in tensors.items()
+        if key not in low_rank and not key.startswith("_skip_")
+    }
+    decoder = with_identity_ridge(plain, ridge_out.shape[-1])
+    named = {
+        theirs.removeprefix("backbone.").removesuffix(".weight"): ours.removesuffix(".weight")
+        for ours, theirs in released_names(decoder, ["recorded/0"]).items()
+    }
+    everywhere = LoraConfig(
+        rank=rank, alpha=alpha, targets=("backbone", "tokens", "projector"), dead_layers=True
+    )
+    add_lora(decoder, everywhere, seed=0)
+    parameters = dict(decoder.named_parameters())
+    subject, rows = "recorded/0", torch.arange(len(voxels))
+    skip = SkipLora({subject: voxels.shape[-1]}, ridge_out.shape[-1], rank, alpha)
+    with torch.no_grad():
+        for key, value in low_rank.items():
+            stem, _, factor = key.rpartition(".")
+            ours = f"{named[stem]}.{factor}.default"
+            target = parameters.get(ours, parameters.get(f"{ours}.weight"))
+            assert target is not None
+            target.copy_(value.reshape(target.shape))
+        skip.lora_A[subject].copy_(tensors["_skip_adapter_align.A"])
+        skip.lora_B[subject].copy_(tensors["_skip_adapter_align.B"])
+        added = skip({subject: torch.from_numpy(voxels[:, 0])}, {subject: rows}, len(rows))
+    merge_lora(decoder)
+    return _outputs(decoder, ridge_out[:, 0] + added.numpy())
 
 
 def two_way(real: Array, recon: Array) -> float:
@@ -178,3 +236,60 @@ def _neurofusion(
             len(x),
         )
     return found["pooled"].numpy()
+
+
+def mixco(voxels: Array, perm: Array, beta: Array, select: Array) -> Array:
+    share = torch.from_numpy(np.where(select, beta, np.float32(1)))
+    return mix(torch.from_numpy(voxels), torch.from_numpy(voxels[perm]), share).numpy()
+
+
+def bimixco(pred: Array, target: Array, perm: Array, beta: Array, temp: float) -> float:
+    mixture = Mixture(torch.from_numpy(perm), torch.from_numpy(beta))
+    similarity = cosine_similarity(torch.from_numpy(pred), torch.from_numpy(target))
+    return float(mixed_contrastive(similarity, mixture, temp, legacy_fixed_points=True))
+
+
+def softclip(pred: Array, target: Array, temp: float) -> float:
+    brain, image = torch.from_numpy(pred), torch.from_numpy(target)
+    return float(
+        soft.softclip(cosine_similarity(brain, image), cosine_similarity(image, image), temp)
+    )
+
+
+def softcont(student: Array, teacher: Array, teacher_aug: Array, temp: float) -> float:
+    own, image, view = map(torch.from_numpy, (student, teacher, teacher_aug))
+    return float(
+        soft.soft_contrastive(cosine_similarity(image, view), cosine_similarity(own, view), temp)
+    )
+
+
+def softclip_temps(start: float, end: float, steps: int) -> list[float]:
+    return [softclip_temperature(start, end, step / steps, 0.0, steps) for step in range(steps)]
+
+
+def onecycle(total_steps: int, epochs: int, max_lr: float) -> list[float]:
+    warmup = 2 * total_steps // epochs
+    config = OptimConfig(steps=total_steps, lr=max_lr, schedule="onecycle", warmup_steps=warmup)
+    return [learning_rate(config, step) for step in range(total_steps)]
+
+
+def triplet_bank(
+    emb: Array, labels: Array, bank: Array, bank_labels: Array, margin: float
+) -> float:
+    size = int(max(labels.max(), bank_labels.max())) + 1
+    batch, memory = (torch.from_numpy(np.eye(size, dtype=bool)[x]) for x in (labels, bank_labels))
+    similarity = cosine_similarity(torch.from_numpy(emb), torch.from_numpy(bank))
+    return float(triplet_alignment(similarity, *alike(batch, memory), margin))
+
+
+def sdp(x: Array, labels: Array, mu: Array, var: Array, scale: float) -> Array:
+    known = labels >= 0
+    mean, variance = (torch.from_numpy(values[np.maximum(labels, 0)]) for values in (mu, var))
+    return perturb_subject(
+        torch.from_numpy(x), mean, variance, torch.from_numpy(known), scale
+    ).numpy()
+
+
+def nt_xent(a: Array, b: Array, temp: float) -> float:
+    similarity = cosine_similarity(torch.from_numpy(a), torch.from_numpy(b))
+    return float(symmetric_contrastive(similarity, torch.arange(len(a)), temp))

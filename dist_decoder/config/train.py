@@ -328,3 +328,17 @@ class AdaptConfig(Section):
     def adapters(self) -> LoraConfig:
         """What is trained besides the ridge layer."""
         return LoraConfig(rank=0) if self.alignment_only else self.lora
+
+
+class ClassStatisticsConfig(Section):
+    """Root of ``dist-decoder class-statistics`` configurations."""
+
+    base: Path
+    """Run folder (or checkpoint folder) of the joint model whose tokens are described."""
+    shards: str
+    """Folder or object-store URL of the shards; their categories are the classes."""
+    output: Path
+    """Folder that is written."""
+    min_reliability: float = 0.2
+    """Refuse class similarities whose two halves (of the images) correlate less, mean over
+    subjects."""

@@ -96,7 +96,7 @@ def estimate_adaptation(config: AdaptConfig) -> dict[str, Any]:
     meta = read_meta(find_checkpoint(config.base))
     values: dict[str, Any] = {"loss": config.loss} if config.loss is not None else {}
     if config.start == "base":
-        values["adapt"] = AdaptedPart(subject=config.subject, lora=config.lora)
+        values["adapt"] = AdaptedPart(subject=config.subject, lora=config.adapters)
     return estimate(
         EstimateConfig(
             model=meta.document.model,

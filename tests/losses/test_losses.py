@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dist_decoder.config.train import LossConfig
-from dist_decoder.losses.contrastive import cosine_similarity, symmetric_contrastive
 from dist_decoder.losses.classes import class_prototypes
+from dist_decoder.losses.contrastive import cosine_similarity, symmetric_contrastive
 from dist_decoder.losses.memory import Memory
 from dist_decoder.losses.mixing import Mixture
 from dist_decoder.losses.objective import TERMS, ClassInputs, Inputs, active_terms, objective
