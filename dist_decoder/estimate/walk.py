@@ -53,37 +53,44 @@ def empty_decoder(config: EstimateConfig) -> tuple[Decoder, int]:
 
 
 def walk(decoder: Decoder, loss: LossConfig, batch_size: int) -> Walk:
-    """Return what one step over ``batch_size`` samples of the first subject needs.
-
-    The losses stand in as mean squares, which hold as much as the ones that are trained with but
-    for (B, B) similarities.
-    """
+    """Return what one step over ``batch_size`` samples of the first subject needs."""
     dtype = next(decoder.parameters()).dtype
-    name, num_voxels = next(iter(decoder.ridge.num_voxels.items()))
+    num_voxels = next(iter(decoder.ridge.num_voxels.values()))
     decoder.zero_grad(set_to_none=True)
     with LiveBytes() as memory, FlopCounterMode(display=False) as operations:
         voxels_BV = torch.empty(batch_size, num_voxels, device="meta", dtype=dtype)
-        rows_B = torch.empty(batch_size, device="meta", dtype=torch.long)
         target_BTD = None
         if decoder.token_shape is not None:
             target_BTD = torch.empty(batch_size, *decoder.token_shape, device="meta")
-        found = decoder(
-            {name: voxels_BV},
-            {name: rows_B},
-            batch_size,
-            keys=SampleKeys(0, 0, tuple(range(batch_size))),
-            prior_target_BTD=target_BTD,
-            outputs=_outputs(decoder, loss),
-        )
-        total = _total([value for output, value in found.items() if output != "latents"])
-        del found
+        keys = SampleKeys(0, 0, tuple(range(batch_size)))
+        total = training_loss(decoder, loss, voxels_BV, target_BTD, keys)
         if total.requires_grad:
             total.backward()
         flops = operations.get_total_flops()
-        del total, voxels_BV, rows_B, target_BTD
+        del total, voxels_BV, target_BTD
         gradients = memory.now
     decoder.zero_grad(set_to_none=True)
     return Walk(flops, memory.peak, gradients)
+
+
+def training_loss(
+    decoder: Decoder,
+    loss: LossConfig,
+    voxels_BV: Tensor,
+    target_BTD: Tensor | None,
+    keys: SampleKeys,
+) -> Tensor:
+    """Return a stand-in for the loss over samples of the first subject: mean squares.
+
+    They hold as much memory as the terms that are trained with, but for (B, B) similarities.
+    """
+    name = next(iter(decoder.ridge.num_voxels))
+    rows_B = torch.arange(len(voxels_BV), device=voxels_BV.device)
+    outputs = _outputs(decoder, loss)
+    found = decoder({name: voxels_BV}, {name: rows_B}, len(rows_B), keys, target_BTD, outputs)
+    values = [value for output, value in found.items() if output != "latents"]
+    zero = torch.zeros((), device=voxels_BV.device)
+    return sum((value.float().square().mean() for value in values), zero)
 
 
 def _outputs(decoder: Decoder, loss: LossConfig) -> tuple[str, ...]:
@@ -95,7 +102,3 @@ def _outputs(decoder: Decoder, loss: LossConfig) -> tuple[str, ...]:
     if decoder.middle.low_level is not None:
         wanted.append("low_level")
     return (*wanted, "tokens")
-
-
-def _total(values: list[Tensor]) -> Tensor:
-    return sum((value.float().square().mean() for value in values), torch.zeros((), device="meta"))
