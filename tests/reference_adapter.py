@@ -141,7 +141,8 @@ def prior(
 
 def q_sample(x0: Array, t: Array, noise: Array, timesteps: int) -> Array:
     scheduler = make_scheduler(timesteps)
-    return scheduler.add_noise(*map(torch.from_numpy, (x0, noise, t))).numpy()
+    clean, drawn, steps = (torch.from_numpy(array) for array in (x0, noise, t))
+    return scheduler.add_noise(clean, drawn, steps).numpy()  # type: ignore[arg-type]
 
 
 def noise_schedule(timesteps: int) -> dict[str, Array]:

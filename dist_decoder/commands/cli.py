@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import typer
 
 from dist_decoder.commands.config_kind import kind_of_config
+from dist_decoder.config.base import Section
 from dist_decoder.config.commandline import VerbCommand, add_verb, make_app, run_app, run_verb
 from dist_decoder.config.estimate import EstimateConfig
 from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig, ReportConfig
@@ -108,7 +109,7 @@ def estimate(
     json_output: bool = typer.Option(False, "--json", help="Print the result as JSON."),
 ) -> None:
     """Count parameters, operations, memory and traffic of a run, without running it."""
-    schemas = {
+    schemas: dict[str, tuple[type[Section], str]] = {
         "estimate": (EstimateConfig, "estimate"),
         "train": (TrainConfig, "estimate_training"),
         "adapt": (AdaptConfig, "estimate_adaptation"),
@@ -174,7 +175,6 @@ def show_config(
 
 def _run_plain(function: Any) -> None:
     """Run a verb that reads its configuration itself, with the errors of all verbs."""
-    from dist_decoder.config.base import Section
 
     class Nothing(Section):
         pass

@@ -51,7 +51,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
         ConfigError: sizes that do not fit.
     """
     decoder, adapters = empty_decoder(config)
-    counts = _counts(decoder, adapters)
+    counts = count_parameters(decoder, adapters)
     if config.engine.precision == "bf16":
         decoder.bfloat16()
     share = -(-config.batch_size // config.ranks)
@@ -128,7 +128,9 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _counts(decoder: Decoder, adapters: int) -> dict[str, int]:
+def count_parameters(decoder: Decoder, adapters: int) -> dict[str, int]:
+    """Return the numbers of parameters by part; ``adapters`` of them belong to adapters."""
+
     def count(module: torch.nn.Module | None, trained: bool = False) -> int:
         parameters = () if module is None else module.parameters()
         return sum(p.numel() for p in parameters if p.requires_grad or not trained)

@@ -85,6 +85,7 @@ class MindEye2Mixer(nn.Module):
         if self.seq_len > 1 or latents_BL.ndim == 3:
             return self.mix(latents_BL, keys).flatten(1)
         for block in self.constants:
+            assert isinstance(block, SequenceBlock)
             latents_BL = latents_BL + block.constant(latents_BL, keys)
         return latents_BL
 
@@ -92,6 +93,7 @@ class MindEye2Mixer(nn.Module):
         """Return (B, S, L) by the recursion over both streams, for any S."""
         u_BSL, w_BLS, current = x_BSL, x_BSL.transpose(1, 2), x_BSL
         for wide, across in zip(self.dead_blocks, self.constants, strict=True):
+            assert isinstance(wide, ResidualBlock)
             u_BSL = u_BSL + wide.change(current, keys)
             w_BLS = w_BLS + across(u_BSL.transpose(1, 2), keys)
             current = w_BLS.transpose(1, 2)

@@ -14,8 +14,9 @@ from dist_decoder.config.base import load_config
 from dist_decoder.config.estimate import EncoderSizes, EstimateConfig
 from dist_decoder.config.train import BackboneConfig, EngineConfig, ModelConfig, PriorConfig
 from dist_decoder.errors import ConfigError
-from dist_decoder.estimate.estimate import estimate, render
+from dist_decoder.estimate.estimate import count_parameters, estimate, render
 from dist_decoder.estimate.live_bytes import LiveBytes
+from dist_decoder.estimate.walk import empty_decoder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -67,17 +68,25 @@ def test_published_counts_of_mindeye2_from_the_command_line() -> None:
 )
 def test_published_counts_of_duala(subject: str, voxels: int) -> None:
     path = CONFIGS / "adapt" / "duala_reference.yaml"
-    overrides = [f"adapt.subject={subject}", "model.low_level=false", "batch_size=1"]
-    found = estimate(load_config(EstimateConfig, path, overrides))
-    counts = found["parameters"]
+    overrides = [f"adapt.subject={subject}", "model.low_level=false"]
+    decoder, adapters = empty_decoder(load_config(EstimateConfig, path, overrides))
+    counts = count_parameters(decoder, adapters)
     lora = 4_044_928 + 4 * 8 * (voxels + 4096)
     ridge = 4096 * (voxels + 1)
     assert (counts["lora"], counts["ridge"]) == (lora, ridge)
     assert counts["trainable"] == lora + ridge
     assert counts["backbone"] == 1_887_861_400
-    assert found["adapter_bytes"] == 4 * (lora + ridge)
     if subject == "nsd/subj01":
         assert (lora, counts["trainable"]) == (4_679_168, 69_088_768)
+
+
+def test_adapters_are_what_an_adaptation_saves() -> None:
+    found = estimate(small(adapt={"subject": "own/b"}))
+    counts = found["parameters"]
+    assert counts["trainable"] == 6 * 12 + counts["lora"]
+    assert counts["lora"] > 0
+    assert found["adapter_bytes"] == 4 * counts["trainable"]
+    assert found["checkpoint_bytes"] == 3 * found["adapter_bytes"]
 
 
 def test_memory_by_stage_follows_its_table() -> None:

@@ -141,10 +141,12 @@ def test_exported_folder_predicts_the_same_and_states_licences(tmp_path: Path) -
     decoder, meta = load_for_inference(run)
     voxels = torch.randn(3, VOXELS["own/z"], generator=torch.Generator().manual_seed(2))
     mine, theirs = (model.predict(voxels, "own/z") for model in (loaded.decoder, decoder))
+    assert mine.retrieval_BTD is not None
+    assert theirs.retrieval_BTD is not None
+    assert mine.tokens_BTD is not None
     assert torch.equal(mine.retrieval_BTD, theirs.retrieval_BTD)
-    assert torch.equal(
-        loaded.decoder.sample_prior(mine.tokens_BTD), decoder.sample_prior(theirs.tokens_BTD)
-    )
+    sampled = (m.sample_prior(mine.tokens_BTD) for m in (loaded.decoder, decoder))
+    assert torch.equal(*sampled)
     assert loaded.document.source_fingerprint == meta.fingerprint
     card = (tmp_path / "model" / "README.md").read_text()
     assert "imported from last.pth" in card
