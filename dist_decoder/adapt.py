@@ -21,9 +21,11 @@ from dist_decoder.data.targets import TargetStatistics, read_targets
 from dist_decoder.dist import World, run_on_first
 from dist_decoder.errors import ConfigError
 from dist_decoder.formats import Manifest
+from dist_decoder.losses.objective import needs_classes
 from dist_decoder.manifest import manifest_fingerprint, read_manifest
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.lora import add_lora
+from dist_decoder.stats.classes import ClassStatistics, read_statistics
 from dist_decoder.storage import exclusive, open_location
 from dist_decoder.train.canonical import checkpoints_of
 from dist_decoder.train.checkpoint import (
@@ -35,6 +37,7 @@ from dist_decoder.train.checkpoint import (
     make_decoder,
     read_meta,
 )
+from dist_decoder.train.class_terms import class_terms
 from dist_decoder.train.joint import subject_infos
 from dist_decoder.train.loop import Job, fit
 from dist_decoder.train.rows import subject_rows, subjects_with_rows, validation_of
@@ -178,10 +181,14 @@ def _job(
         config=config.model_dump(mode="json"),
         ema=config.optim.ema_decay > 0,
         base=_base_info(config.run, base) if from_base else None,
-        lora=config.lora if from_base else None,
+        lora=config.adapters if from_base else None,
     )
     decoder = _start_model(config, document, data, base, folder, world)
     loss = config.loss or LossConfig.model_validate(base.config["loss"])
+    classes = None
+    if needs_classes(loss):
+        rows = subject_rows(data, "train", allow_holdout=True)(config.subject)
+        classes = class_terms(loss, decoder, [rows], _statistics(config, loss, base))
 
     def batches(start_step: int, needed: tuple[TargetName, ...]) -> Loader:
         return Loader(
@@ -208,6 +215,7 @@ def _job(
         checkpoint=config.checkpoint,
         log=config.log,
         save_frozen=not from_base,
+        classes=classes,
         keep_start=True,
         label=f"lr {rate:g}: ",
     )
@@ -224,7 +232,7 @@ def _start_model(
     decoder = make_decoder(document)
     if config.start == "base":
         load_base(decoder, base.folder)
-        add_lora(decoder, config.lora, config.seed)
+        add_lora(decoder, config.adapters, config.seed)
     if not run_on_first(lambda: bool(checkpoints_of(folder / "checkpoints")), world):
         start_ridges(
             decoder,
@@ -234,6 +242,30 @@ def _start_model(
             world,
         )
     return decoder
+
+
+def _statistics(
+    config: AdaptConfig, loss: LossConfig, base: CheckpointMeta
+) -> ClassStatistics | None:
+    """Return the class statistics that the losses name, if they are of this base's sources.
+
+    Raises:
+        ConfigError: they are of another base, or the subject itself is in them.
+    """
+    if loss.classes.statistics is None:
+        return None
+    statistics = read_statistics(loss.classes.statistics)
+    if statistics.base != base.fingerprint:
+        raise ConfigError(
+            f"{loss.classes.statistics} describes the checkpoint {statistics.base}, the base is "
+            f"{base.fingerprint}: run `dist-decoder class-statistics` on this base"
+        )
+    if config.subject in statistics.subjects:
+        raise ConfigError(
+            f"{loss.classes.statistics} was made with {config.subject} itself: the reference would "
+            "hold what is to be predicted"
+        )
+    return statistics
 
 
 def _base_info(run: Path, base: CheckpointMeta) -> BaseInfo:

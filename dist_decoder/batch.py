@@ -5,7 +5,8 @@ Axes: B samples of this rank, V voxels of one subject, T tokens, D token width, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class Batch:
     """shard:sample:row, for error messages."""
     pooled_BE: Tensor | None
     tokens_BTD: Tensor | None
+    low_level: Mapping[str, Tensor] = field(default_factory=dict)
+    """Targets of the low-level branch, if there are any: ``low_level`` (B, 4, 28, 28) latents of
+    the VAE, ``low_level_maps`` and ``low_level_maps_augmented`` (B, 49, 512)."""
     wait_s: float = 0.0
     """Seconds the training process waited for this batch."""
 
@@ -59,4 +63,5 @@ class Batch:
             image_ids_B=self.image_ids_B.to(device),
             pooled_BE=move(self.pooled_BE),
             tokens_BTD=move(self.tokens_BTD),
+            low_level={name: value.to(device) for name, value in self.low_level.items()},
         )

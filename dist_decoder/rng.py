@@ -83,6 +83,8 @@ def _by_position(
     import torch
 
     wanted = list(positions)
+    if torch.device(device).type == "meta":
+        return torch.empty((len(wanted), *shape), device=device)
     blocks = sorted({position // _BLOCK for position in wanted})
     if not blocks:
         return torch.empty((0, *shape), device=device)

@@ -28,6 +28,7 @@ BASE = {
     "torchvision_shim",
 }
 ROOMS_ABOVE_BASE = {"encoders", "data", "nn", "losses", "eval", "train", "adapt", "predict"}
+ROOMS_ABOVE_BASE |= {"exchange", "estimate"}
 PREPARED = {"data", "nn", "losses", "eval"}
 
 # Room of dist_decoder -> rooms of dist_decoder that it may import beside itself.
@@ -39,6 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": BASE | PREPARED,
     "adapt": BASE | PREPARED | {"train"},
     "predict": BASE | PREPARED | {"train"},
+    "exchange": BASE | {"data", "nn", "train"},
+    "estimate": BASE | PREPARED | {"train", "adapt"},
     "commands": BASE | ROOMS_ABOVE_BASE,
     "__main__": {"commands"},
     "__init__": set(),

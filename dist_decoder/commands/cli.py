@@ -6,9 +6,13 @@ from typing import Any, NoReturn
 
 import typer
 
-from dist_decoder.config.commandline import add_verb, make_app, run_app, run_verb
+from dist_decoder.commands.config_kind import kind_of_config
+from dist_decoder.config.base import Section
+from dist_decoder.config.commandline import VerbCommand, add_verb, make_app, run_app, run_verb
+from dist_decoder.config.estimate import EstimateConfig
 from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig, ReportConfig
-from dist_decoder.config.train import AdaptConfig, TrainConfig
+from dist_decoder.config.exchange import ExportConfig, ImportConfig
+from dist_decoder.config.train import AdaptConfig, ClassStatisticsConfig, TrainConfig
 
 app = make_app("dist-decoder", "Train, adapt, predict with, and evaluate fMRI-to-image decoders.")
 
@@ -46,6 +50,15 @@ add_verb(
     "dist-decoder adapt configs/adapt/demo.yaml sessions=2",
     render=_lazy_render("dist_decoder.commands.adapt:render"),
 )
+add_verb(
+    app,
+    "class-statistics",
+    ClassStatisticsConfig,
+    "dist_decoder.commands.class_statistics:run",
+    "Describe a joint model's tokens by image class, for the class losses of adapt.\n\n"
+    "Source subjects only. Refused if the class similarities carry no semantics.",
+    render=_lazy_render("dist_decoder.commands.class_statistics:render"),
+)
 
 
 add_verb(
@@ -79,6 +92,72 @@ add_verb(
     render=_lazy_render("dist_decoder.commands.report:render"),
     failed=lambda result: bool(result["failures"]),
 )
+add_verb(
+    app,
+    "import-mindeye2",
+    ImportConfig,
+    "dist_decoder.exchange.import_mindeye2:import_mindeye2",
+    "Make a run folder from a released MindEye2 checkpoint (last.pth or a DeepSpeed folder).\n\n"
+    "No code in the file is run. Every key must be known; a ridge layer belongs to the NSD subject "
+    "with as many voxels unless `subjects` names it.",
+    config_required=False,
+)
+
+
+class _EstimateCommand(VerbCommand):
+    verb_schema = EstimateConfig
+
+
+@app.command("estimate", cls=_EstimateCommand)
+def estimate(
+    config: str = typer.Argument(..., metavar="CONFIG", help="YAML of estimate, train or adapt."),
+    overrides: list[str] | None = typer.Argument(
+        None, metavar="KEY.PATH=VALUE", help="Override keys of the file; last one wins."
+    ),
+    json_output: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+) -> None:
+    """Count parameters, operations, memory and traffic of a run, without running it."""
+    schemas: dict[str, tuple[type[Section], str]] = {
+        "estimate": (EstimateConfig, "estimate"),
+        "train": (TrainConfig, "estimate_training"),
+        "adapt": (AdaptConfig, "estimate_adaptation"),
+    }
+    schema, function = schemas[kind_of_config(config, tuple(overrides or ()))]
+    run_verb(
+        schema,
+        f"dist_decoder.estimate.estimate:{function}",
+        config,
+        overrides or (),
+        json_output,
+        render=_lazy_render("dist_decoder.estimate.estimate:render"),
+    )
+
+
+class _ExportCommand(VerbCommand):
+    verb_schema = ExportConfig
+
+
+@app.command("export", cls=_ExportCommand)
+def export(
+    config: str | None = typer.Argument(None, metavar="CONFIG", help="YAML file. Optional."),
+    overrides: list[str] | None = typer.Argument(
+        None, metavar="KEY.PATH=VALUE", help="Override keys of the file; last one wins."
+    ),
+    layout: str | None = typer.Option(
+        None, "--format", help="safetensors or mindeye2: the same as format=..."
+    ),
+    json_output: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+) -> None:
+    """Write a model for others: safetensors, config and model card, or MindEye2's last.pth."""
+    given = [*(overrides or ()), *([f"format={layout}"] if layout else ())]
+    run_verb(
+        ExportConfig,
+        "dist_decoder.exchange.export:export",
+        config,
+        given,
+        json_output,
+        config_required=False,
+    )
 
 
 @app.command("show-config")
@@ -104,7 +183,6 @@ def show_config(
 
 def _run_plain(function: Any) -> None:
     """Run a verb that reads its configuration itself, with the errors of all verbs."""
-    from dist_decoder.config.base import Section
 
     class Nothing(Section):
         pass

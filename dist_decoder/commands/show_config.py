@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import typer
-import yaml
 
+from dist_decoder.commands.config_kind import kind_of_config
 from dist_decoder.config.base import load_config, to_yaml
 from dist_decoder.config.train import AdaptConfig, TrainConfig
 
@@ -19,7 +18,7 @@ def show(config: str, overrides: tuple[str, ...], deepspeed: bool, ranks: int) -
         ConfigError: the file or an override is wrong.
     """
     values: AdaptConfig | TrainConfig
-    if _is_adaptation(Path(config), overrides):
+    if kind_of_config(config, overrides) == "adapt":
         values = load_config(AdaptConfig, config, overrides)
     else:
         values = load_config(TrainConfig, config, overrides)
@@ -29,14 +28,3 @@ def show(config: str, overrides: tuple[str, ...], deepspeed: bool, ranks: int) -
     from dist_decoder.train.engine import deepspeed_config
 
     typer.echo(json.dumps(deepspeed_config(values.engine, values.optim, ranks), indent=2))
-
-
-def _is_adaptation(path: Path, overrides: tuple[str, ...]) -> bool:
-    if any(item.startswith("base=") for item in overrides):
-        return True
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError):
-        # The loader reads the file again and explains what is wrong with it.
-        return False
-    return isinstance(tree, dict) and "base" in tree

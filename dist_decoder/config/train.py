@@ -40,14 +40,26 @@ class SourcesConfig(Section):
 
 
 class BackboneConfig(Section):
-    """The shared MLP."""
+    """The network that all subjects share."""
 
-    mixer: Literal["residual", "mindeye2"] = "residual"
-    """residual: x + MLP(LayerNorm(x)). mindeye2: the released wiring, whose blocks are dead."""
+    mixer: Literal["residual", "mindeye2", "neurofusion"] = "residual"
+    """residual: x + MLP(LayerNorm(x)). mindeye2: the released wiring, whose blocks are dead.
+    neurofusion: a transformer, and its own pooled head."""
     blocks: Annotated[int, Field(ge=0)] = 4
     hidden: PositiveInt | None = None
     """Width inside a block; None takes the latent width."""
     dropout: Fraction = 0.15
+    heads: PositiveInt = 8
+    """Attention heads of mixer=neurofusion."""
+    batch_attention: bool = False
+    """mixer=neurofusion attends over the batch, as it was released: the prediction of a scan then
+    depends on its batch mates. To replicate only, never for numbers that are reported."""
+
+    @model_validator(mode="after")
+    def _attention_needs_a_transformer(self) -> BackboneConfig:
+        if self.batch_attention and self.mixer != "neurofusion":
+            raise ValueError("batch_attention belongs to mixer=neurofusion")
+        return self
 
 
 class PriorConfig(Section):
@@ -73,8 +85,13 @@ class ModelConfig(Section):
     """Predict the (E,) pooled embedding."""
     pooled_hidden: PositiveInt | None = None
     """Width of the hidden layer of the pooled head; None is a plain linear head."""
+    low_level: bool = False
+    """Add MindEye2's branch to VAE latents (a blurry picture) and contrastive maps."""
     backbone: BackboneConfig = BackboneConfig()
     prior: PriorConfig = PriorConfig()
+    learned_temperature: Positive | None = None
+    """Start value of a learned temperature of the symmetric contrastive losses (CLIP: 0.07); None
+    takes the fixed loss.temperature."""
     ridge_start: Literal["random", "encoding_inverse", "decoding_ridge"] = "encoding_inverse"
     """Start of the subject layers. encoding_inverse: the Wiener inverse of a fitted encoding
     model (pooled embedding to voxels). decoding_ridge: ridge from voxels to the embedding."""
@@ -92,6 +109,44 @@ class ModelConfig(Section):
         return self
 
 
+class MixingConfig(Section):
+    """MixCo: in the first part of a run scans of one subject are mixed."""
+
+    share: Fraction = 0.33
+    """Part of the run in which scans are mixed, if loss.bimixco is above 0. SoftCLIP begins
+    after it (MindEye2: a third)."""
+    concentration: Positive = 0.15
+    """Both parameters of the Beta distribution of the shares."""
+    mixed_prob: Fraction = 0.5
+    """A scan is mixed with this probability."""
+    temperature: Positive = 0.006
+    """Of BiMixCo."""
+    legacy: bool = False
+    """Released behaviour: partners of all subjects are numbered from 0, and a scan that is its own
+    partner loses its target."""
+
+
+class ClassLossConfig(Section):
+    """What the losses on classes of images need. Classes are the categories of the shards."""
+
+    statistics: Path | None = None
+    """Folder of ``dist-decoder class-statistics``; loss.relational and perturbed_prob need it."""
+    margin: NonNegative = 0.2
+    """Of the triplet alignment, in cosines."""
+    memory: PositiveInt = 8192
+    """Latents that the triplet alignment remembers."""
+    memory_minimum: Annotated[int, Field(ge=0)] = 512
+    """It begins when so many are remembered."""
+    relational_memory: PositiveInt = 512
+    """Predicted token sets that the relational consistency remembers."""
+    min_members: PositiveInt = 3
+    """A class with fewer samples has no prototype."""
+    perturbed_prob: Fraction = 0.0
+    """Predicted tokens are moved towards another subject's spread with this probability (SDP)."""
+    strength: Fraction = 0.5
+    """How far they are moved."""
+
+
 class LossConfig(Section):
     """Weights of the loss terms; 0 switches a term off."""
 
@@ -100,8 +155,29 @@ class LossConfig(Section):
     token_contrastive: NonNegative = 1.0
     pooled_mse: NonNegative = 1.0
     token_mse: NonNegative = 1.0
+    bimixco: NonNegative = 0.0
+    """Contrastive loss on mixed scans, in the mixing part of the run; projected tokens."""
+    softclip: NonNegative = 0.0
+    """Contrastive loss with soft targets, after the mixing part; projected tokens."""
+    low_level_l1: NonNegative = 0.0
+    """Absolute error of the VAE latents."""
+    low_level_contrastive: NonNegative = 0.0
+    """Soft contrastive loss of the low-level maps."""
+    triplet: NonNegative = 0.0
+    """Duala's alignment of latents with remembered ones of the same and of other classes."""
+    relational: NonNegative = 0.0
+    """Duala's consistency of class similarities with those of the source subjects."""
+    skip: NonNegative = 0.0
+    """Absolute correlation of the subject layer's and the Skip-LoRA's part of the latents."""
     temperature: Positive = 0.1
-    """Temperature of the symmetric contrastive losses (NeuroFusion: 0.1)."""
+    """Temperature of the symmetric contrastive losses (NeuroFusion: 0.1); with
+    model.learned_temperature only its start value in that section counts."""
+    softclip_temperatures: tuple[Positive, Positive] = (0.004, 0.0075)
+    """SoftCLIP's temperature at its first and last step; half a cosine between."""
+    low_level_temperature: Positive = 0.2
+    """Of the low-level contrastive loss."""
+    mixing: MixingConfig = MixingConfig()
+    classes: ClassLossConfig = ClassLossConfig()
 
 
 class OptimConfig(Section):
@@ -116,11 +192,20 @@ class OptimConfig(Section):
     weight_decay: NonNegative = 1e-2
     ridge_weight_decay: NonNegative = 1e-2
     betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "onecycle"] = "cosine"
+    """cosine: linear warm-up, then half a cosine to lr * final_lr_scale. onecycle: half a cosine
+    from lr / 25 up to lr over warmup_steps, half a cosine down to lr / 25000, while beta1 goes
+    from 0.95 to 0.85 and back (MindEye2; betas[0] and final_lr_scale are not used)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     final_lr_scale: NonNegative = 0.01
     """The cosine ends at lr times this."""
     clip_norm: NonNegative = 1.0
     """Gradient norm over all parameters; 0 switches clipping off."""
+    non_finite: Literal["raise", "skip"] = "raise"
+    """What happens at a step whose loss is not finite: raise ends the run; skip leaves the weights
+    as they are, names the term in the log and counts the step."""
+    max_skipped: Annotated[int, Field(ge=0)] = 10
+    """With non_finite=skip, more skipped steps than this end the run."""
     ema_decay: Fraction = 0.0
     """Exponential moving average of the weights used for predictions; 0 switches it off."""
 
@@ -170,14 +255,33 @@ class TrainConfig(Section):
     log: LogConfig = LogConfig()
 
 
+Part = Literal["backbone", "pooled", "projector", "tokens"]
+
+
 class LoraConfig(Section):
-    """Low-rank adapters of peft."""
+    """What is trained besides the new subject's ridge layer."""
 
     rank: Annotated[int, Field(ge=0)] = 8
-    """0 switches LoRA off (only the new ridge layer is trained)."""
+    """Of all low-rank adapters; 0 switches them off."""
     alpha: Positive = 8.0
-    targets: tuple[Literal["backbone", "pooled", "projector"], ...] = ("backbone",)
+    targets: tuple[Part, ...] = ("backbone",)
     """Parts whose linear layers get adapters."""
+    full_modules: tuple[Part | Literal["prior", "low_level"], ...] = ()
+    """Parts whose own weights are trained in full (MindTuner: projector; a full fine-tune: all)."""
+    skip: tuple[Literal["align", "blocks"], ...] = ()
+    """Skip-LoRA from the voxels. align: added to the subject layer's latents. blocks: the released
+    place in mixer=mindeye2, without effect; to count parameters only."""
+    dead_layers: bool = False
+    """Put adapters on MindEye2's layers without effect too, as released."""
+
+    @model_validator(mode="after")
+    def _once(self) -> LoraConfig:
+        both = set(self.targets) & set(self.full_modules) if self.rank else set()
+        if both:
+            raise ValueError(f"{', '.join(sorted(both))}: in targets and in full_modules")
+        if self.skip and not self.rank:
+            raise ValueError("skip needs a rank above 0")
+        return self
 
 
 class AdaptConfig(Section):
@@ -196,6 +300,9 @@ class AdaptConfig(Section):
     """dataset/subject of the new subject."""
     sessions: PositiveInt = 1
     """Use rows of the first sessions only."""
+    alignment_only: bool = False
+    """Train the ridge layer of the new subject and nothing else (NeuroFusion's partial transfer);
+    lora must then be left out."""
     lora: LoraConfig = LoraConfig()
     lrs: tuple[float, ...] = (3e-4,)
     """Learning rates to try; the best on the validation images is kept. Test images are never
@@ -208,3 +315,30 @@ class AdaptConfig(Section):
     engine: EngineConfig = EngineConfig(zero_stage=0)
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _one_recipe(self) -> AdaptConfig:
+        if self.alignment_only and self.lora != LoraConfig():
+            raise ValueError("alignment_only=true trains no adapter: remove lora")
+        if self.alignment_only and self.start == "scratch":
+            raise ValueError("alignment_only=true needs start=base: nothing else is trained")
+        return self
+
+    @property
+    def adapters(self) -> LoraConfig:
+        """What is trained besides the ridge layer."""
+        return LoraConfig(rank=0) if self.alignment_only else self.lora
+
+
+class ClassStatisticsConfig(Section):
+    """Root of ``dist-decoder class-statistics`` configurations."""
+
+    base: Path
+    """Run folder (or checkpoint folder) of the joint model whose tokens are described."""
+    shards: str
+    """Folder or object-store URL of the shards; their categories are the classes."""
+    output: Path
+    """Folder that is written."""
+    min_reliability: float = 0.2
+    """Refuse class similarities whose two halves (of the images) correlate less, mean over
+    subjects."""

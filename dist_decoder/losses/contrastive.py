@@ -17,14 +17,16 @@ def cosine_similarity(brain_BF: Tensor, image_BF: Tensor) -> Tensor:
     return torch.einsum("bf,mf->bm", brain, image)
 
 
-def symmetric_contrastive(similarity_BB: Tensor, image_ids_B: Tensor, temperature: float) -> Tensor:
+def symmetric_contrastive(
+    similarity_BB: Tensor, image_ids_B: Tensor, temperature: float | Tensor
+) -> Tensor:
     """Return the mean of the brain-to-image and image-to-brain InfoNCE, a scalar.
 
     Args:
         similarity_BB: rows are brains, columns the images they saw.
         image_ids_B: identity of the images. Two samples of one image are neither positives nor
             negatives of each other: that pair is left out.
-        temperature: divides the similarities.
+        temperature: divides the similarities; a tensor is learned.
 
     Source: NeuroFusion's NT-Xent; CLIP. Differs: the released code counts the same image seen by
     another subject as a negative.

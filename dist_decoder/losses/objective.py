@@ -7,16 +7,72 @@ the size of the global batch).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dist_decoder.config.train import LossConfig
+from dist_decoder.errors import ConfigError
+from dist_decoder.losses.classes import (
+    alike,
+    class_prototypes,
+    relational_consistency,
+    triplet_alignment,
+)
 from dist_decoder.losses.contrastive import cosine_similarity, symmetric_contrastive
-from dist_decoder.losses.regression import squared_error_sum
+from dist_decoder.losses.memory import Memory
+from dist_decoder.losses.mixing import Mixture, bimixco
+from dist_decoder.losses.regression import correlation_sum, squared_error_sum
+from dist_decoder.losses.schedules import Phase, is_active, softclip_temperature
+from dist_decoder.losses.soft import absolute_error_sum, soft_contrastive, softclip
+
+Target = Literal["pooled", "tokens", "low_level", "low_level_maps"]
+
+
+@dataclass(frozen=True)
+class ClassInputs:
+    """What the terms on classes see of one global batch."""
+
+    labels_BC: Tensor
+    """Classes of the images of the global batch, boolean."""
+    latents: Memory
+    tokens: Memory
+    reference_CC: Tensor | None
+    """S_ref of the source subjects."""
+    known_C: Tensor | None
+    """Classes that the reference has."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One global batch as one rank sees it."""
+
+    config: LossConfig
+    own: Mapping[str, Tensor]
+    """Outputs of this rank's samples, (b, ...)."""
+    own_targets: Mapping[str, Tensor]
+    """Targets of this rank's samples by name."""
+    gathered: Mapping[str, Tensor]
+    """Outputs of shared terms over the global batch, (B, F)."""
+    gathered_targets: Mapping[str, Tensor]
+    """Targets of shared terms over the global batch, (B, F)."""
+    image_ids_B: Tensor
+    """Of the global batch; its length is the denominator of the own terms."""
+    step: int = 0
+    num_steps: int = 1
+    mixture: Mixture | None = None
+    """None where nothing is mixed."""
+    classes: ClassInputs | None = None
+    temperature: Tensor | None = None
+    """Learned temperature of the symmetric contrastive losses."""
+
+    @property
+    def progress(self) -> float:
+        """Finished share of the run."""
+        return self.step / self.num_steps
 
 
 @dataclass(frozen=True)
@@ -27,16 +83,104 @@ class Term:
     scope: Literal["shared", "own"]
     output: str
     """Output of the decoder."""
-    target: Literal["pooled", "tokens"]
+    target: Target | None
+    value: Callable[[Inputs, Term], Tensor] = field(repr=False)
+    phase: Phase = "always"
+
+
+def _contrastive(inputs: Inputs, term: Term) -> Tensor:
+    similarity = cosine_similarity(*_pair(inputs, term))
+    temperature = inputs.config.temperature if inputs.temperature is None else inputs.temperature
+    return symmetric_contrastive(similarity, inputs.image_ids_B, temperature)
+
+
+def _bimixco(inputs: Inputs, term: Term) -> Tensor:
+    mixing = inputs.config.mixing
+    assert inputs.mixture is not None
+    ids = None if mixing.legacy else inputs.image_ids_B
+    similarity = cosine_similarity(*_pair(inputs, term))
+    return bimixco(similarity, inputs.mixture, mixing.temperature, ids, mixing.legacy)
+
+
+def _softclip(inputs: Inputs, term: Term) -> Tensor:
+    brain, image = _pair(inputs, term)
+    first, last = inputs.config.softclip_temperatures
+    share = mixing_share(inputs.config)
+    temperature = softclip_temperature(first, last, inputs.progress, share, inputs.num_steps)
+    return softclip(cosine_similarity(brain, image), cosine_similarity(image, image), temperature)
+
+
+def _low_level_contrastive(inputs: Inputs, term: Term) -> Tensor:
+    augmented = inputs.gathered_targets["low_level_maps_augmented"]
+    width = inputs.own[term.output].shape[-1]
+    student, teacher = (maps.reshape(-1, width) for maps in _pair(inputs, term))
+    augmented = augmented.reshape(-1, width)
+    return soft_contrastive(
+        cosine_similarity(teacher, augmented),
+        cosine_similarity(student, augmented),
+        inputs.config.low_level_temperature,
+    )
+
+
+def _triplet(inputs: Inputs, term: Term) -> Tensor:
+    classes, latents = inputs.classes, inputs.gathered[term.output]
+    assert classes is not None
+    if len(classes.latents) < inputs.config.classes.memory_minimum:
+        return latents.sum() * 0
+    similarity = cosine_similarity(latents, classes.latents.features_KF)
+    pairs = alike(classes.labels_BC, classes.latents.labels_KC)
+    return triplet_alignment(similarity, *pairs, inputs.config.classes.margin)
+
+
+def _relational(inputs: Inputs, term: Term) -> Tensor:
+    classes = inputs.classes
+    assert classes is not None
+    assert classes.reference_CC is not None
+    assert classes.known_C is not None
+    tokens = torch.nn.functional.normalize(inputs.gathered[term.output].float(), dim=1)
+    features = torch.cat([classes.tokens.features_KF, tokens])
+    labels = torch.cat([classes.tokens.labels_KC, classes.labels_BC])
+    prototypes, counts = class_prototypes(features, labels)
+    usable = classes.known_C & (counts >= inputs.config.classes.min_members)
+    similarity = torch.einsum("cf,df->cd", prototypes, prototypes)
+    return relational_consistency(similarity, classes.reference_CC, usable)
+
+
+def _squared(inputs: Inputs, term: Term) -> Tensor:
+    assert term.target is not None
+    return squared_error_sum(inputs.own[term.output], inputs.own_targets[term.target])
+
+
+def _absolute(inputs: Inputs, term: Term) -> Tensor:
+    assert term.target is not None
+    return absolute_error_sum(inputs.own[term.output], inputs.own_targets[term.target])
+
+
+def _correlation(inputs: Inputs, term: Term) -> Tensor:
+    return correlation_sum(inputs.own["linear_latents"], inputs.own[term.output])
 
 
 TERMS: tuple[Term, ...] = (
-    Term("prior", "own", "prior", "tokens"),
-    Term("pooled_contrastive", "shared", "pooled", "pooled"),
-    Term("token_contrastive", "shared", "retrieval", "tokens"),
-    Term("pooled_mse", "own", "pooled", "pooled"),
-    Term("token_mse", "own", "tokens", "tokens"),
+    Term("prior", "own", "prior", "tokens", _squared),
+    Term("pooled_contrastive", "shared", "pooled", "pooled", _contrastive),
+    Term("token_contrastive", "shared", "retrieval", "tokens", _contrastive),
+    Term("pooled_mse", "own", "pooled", "pooled", _squared),
+    Term("token_mse", "own", "tokens", "tokens", _squared),
+    Term("bimixco", "shared", "retrieval", "tokens", _bimixco, "mixing"),
+    Term("softclip", "shared", "retrieval", "tokens", _softclip, "after_mixing"),
+    Term("low_level_l1", "own", "low_level", "low_level", _absolute),
+    Term(
+        "low_level_contrastive",
+        "shared",
+        "low_level_maps",
+        "low_level_maps",
+        _low_level_contrastive,
+    ),
+    Term("triplet", "shared", "subject_latents", None, _triplet),
+    Term("relational", "shared", "retrieval", None, _relational),
+    Term("skip", "own", "skip_latents", None, _correlation),
 )
+_NEED_CLASSES = ("triplet", "relational")
 
 
 @dataclass(frozen=True)
@@ -48,46 +192,57 @@ class Losses:
     own: Tensor
     """Weighted sum of this rank's part of the own terms; summed over ranks gives the mean."""
     terms: dict[str, Tensor]
-    """Unweighted, detached: a shared term whole, an own term as this rank's part."""
+    """Unweighted, detached: a shared term whole, an own term as this rank's part. Terms that are
+    not in their phase are left out."""
+
+
+def mixing_share(config: LossConfig) -> float:
+    """Return the part of the run in which scans are mixed; 0 without BiMixCo."""
+    return config.mixing.share if config.bimixco > 0 else 0.0
+
+
+def needs_classes(config: LossConfig) -> bool:
+    """Return whether any part of the objective asks for the classes of images."""
+    weights = (getattr(config, name) for name in _NEED_CLASSES)
+    return any(weight > 0 for weight in weights) or config.classes.perturbed_prob > 0
 
 
 def active_terms(config: LossConfig, available: frozenset[str]) -> tuple[Term, ...]:
-    """Return the terms with a weight whose output the model has."""
-    return tuple(
-        term for term in TERMS if getattr(config, term.name) > 0 and term.output in available
-    )
+    """Return the terms with a weight whose output the model has.
 
-
-def objective(
-    terms: tuple[Term, ...],
-    config: LossConfig,
-    own: Mapping[str, Tensor],
-    own_targets: Mapping[str, Tensor],
-    gathered: Mapping[str, Tensor],
-    gathered_targets: Mapping[str, Tensor],
-    image_ids_B: Tensor,
-) -> Losses:
-    """Return the weighted losses.
-
-    Args:
-        terms: from ``active_terms``.
-        config: weights and temperature.
-        own: outputs of this rank's samples, (b, ...).
-        own_targets: ``pooled`` and ``tokens`` of this rank's samples.
-        gathered: outputs of shared terms over the global batch, (B, F).
-        gathered_targets: targets of shared terms over the global batch, (B, F).
-        image_ids_B: of the global batch; its length is the denominator of the own terms.
+    Raises:
+        ConfigError: a term that is off by default was switched on for a model without its output.
     """
-    global_size = len(image_ids_B)
-    zero = torch.zeros((), device=image_ids_B.device)
+    wanted = [term for term in TERMS if getattr(config, term.name) > 0]
+    for term in wanted:
+        default = LossConfig.model_fields[term.name].default
+        if term.output not in available and not default:
+            raise ConfigError(
+                f"loss.{term.name} is switched on but the model has no output {term.output!r}: "
+                "switch on the part of the model or adapter that makes it, or set the weight to 0"
+            )
+    return tuple(term for term in wanted if term.output in available)
+
+
+def objective(terms: tuple[Term, ...], inputs: Inputs) -> Losses:
+    """Return the weighted losses of the terms of ``active_terms``."""
+    zero = torch.zeros((), device=inputs.image_ids_B.device)
     total = {"shared": zero, "own": zero}
     values = {}
+    share = mixing_share(inputs.config)
     for term in terms:
-        if term.scope == "shared":
-            similarity = cosine_similarity(gathered[term.output], gathered_targets[term.target])
-            value = symmetric_contrastive(similarity, image_ids_B, config.temperature)
-        else:
-            value = squared_error_sum(own[term.output], own_targets[term.target]) / global_size
-        total[term.scope] = total[term.scope] + getattr(config, term.name) * value
+        if not is_active(term.phase, inputs.progress, share):
+            # The output keeps its place in the graph: every parameter has a gradient, if zero.
+            total["shared"] = total["shared"] + 0 * inputs.gathered[term.output].sum()
+            continue
+        value = term.value(inputs, term)
+        if term.scope == "own":
+            value = value / len(inputs.image_ids_B)
+        total[term.scope] = total[term.scope] + getattr(inputs.config, term.name) * value
         values[term.name] = value.detach()
     return Losses(total["shared"], total["own"], values)
+
+
+def _pair(inputs: Inputs, term: Term) -> tuple[Tensor, Tensor]:
+    assert term.target is not None
+    return inputs.gathered[term.output], inputs.gathered_targets[term.target]

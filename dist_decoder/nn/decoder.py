@@ -16,12 +16,16 @@ from torch import Tensor, nn
 
 from dist_decoder.config.train import LossConfig, ModelConfig
 from dist_decoder.errors import ConfigError
-from dist_decoder.nn.backbone import MindEye2Mixer, ResidualBackbone, make_backbone
+from dist_decoder.nn.backbone import Backbone, make_backbone
 from dist_decoder.nn.diffusion import DiffusionPrior, sample_times
 from dist_decoder.nn.heads import PooledHead, RetrievalProjector, TokenHead
 from dist_decoder.nn.initialise import initialise
 from dist_decoder.nn.keyed import SampleKeys, keyed_dropout
+from dist_decoder.nn.low_level import LowLevelBranch
+from dist_decoder.nn.low_rank import LowRankTokenHead, SkipLora
+from dist_decoder.nn.neurofusion import NeuroFusionHead
 from dist_decoder.nn.ridge import SubjectRidges
+from dist_decoder.nn.temperature import LearnedTemperature
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,11 @@ class Ends(nn.Module):
     def __init__(self, ridge: SubjectRidges, tokens: TokenHead | None) -> None:
         super().__init__()
         self.ridge = ridge
-        self.tokens = tokens
+        self.tokens: TokenHead | LowRankTokenHead | None = tokens
+        self.skip: SkipLora | None = None
+        """Skip-LoRA of an adapted model; added to the subject layers' latents."""
+        self.dead_skips: nn.ModuleList | None = None
+        """Skip-LoRA at the released place, where it has no effect; to count parameters only."""
 
 
 class Middle(nn.Module):
@@ -50,16 +58,20 @@ class Middle(nn.Module):
 
     def __init__(
         self,
-        backbone: ResidualBackbone | MindEye2Mixer,
-        pooled: PooledHead | None,
+        backbone: Backbone,
+        pooled: PooledHead | NeuroFusionHead | None,
         projector: RetrievalProjector | None,
         prior: DiffusionPrior | None,
+        low_level: LowLevelBranch | None,
+        temperature: LearnedTemperature | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooled = pooled
         self.projector = projector
         self.prior = prior
+        self.low_level = low_level
+        self.temperature = temperature
 
 
 class Decoder(nn.Module):
@@ -100,16 +112,22 @@ class Decoder(nn.Module):
         self.pooled_dim = pooled_dim if config.pooled else None
         self.token_shape = token_shape if config.tokens else None
         width, shape = config.latent_dim, self.token_shape
-        pooled = self.pooled_dim and PooledHead(width, self.pooled_dim, config.pooled_hidden)
+        pooled: PooledHead | NeuroFusionHead | None = None
+        if self.pooled_dim and config.backbone.mixer == "neurofusion":
+            pooled = NeuroFusionHead(width, self.pooled_dim)
+        elif self.pooled_dim:
+            pooled = PooledHead(width, self.pooled_dim, config.pooled_hidden)
         has_prior = shape is not None and config.prior.enabled
         self.ends = Ends(
             SubjectRidges(subjects, width), TokenHead(width, *shape) if shape else None
         )
         self.middle = Middle(
             make_backbone(width, config.backbone),
-            pooled or None,
+            pooled,
             RetrievalProjector(shape[1]) if shape else None,
             DiffusionPrior(config.prior, *shape) if shape and has_prior else None,
+            LowLevelBranch(width) if config.low_level else None,
+            LearnedTemperature(config.learned_temperature) if config.learned_temperature else None,
         )
         initialise(self, seed)
 
@@ -128,11 +146,15 @@ class Decoder(nn.Module):
         A part without a gradient would still be decayed by AdamW, and never be of use.
         """
         unused = []
+        projected = loss.token_contrastive or loss.bimixco or loss.softclip or loss.relational
         wanted = {
             "middle.pooled": loss.pooled_contrastive or loss.pooled_mse,
-            "middle.projector": loss.token_contrastive,
+            "middle.projector": projected,
             "middle.prior": loss.prior,
-            "ends.tokens": loss.token_contrastive or loss.token_mse or loss.prior,
+            # Shards hold no VAE latents: this branch is imported, and kept as it is.
+            "middle.low_level": loss.low_level_l1 or loss.low_level_contrastive,
+            "middle.temperature": loss.pooled_contrastive or loss.token_contrastive,
+            "ends.tokens": projected or loss.token_mse or loss.prior,
         }
         for name, weight in wanted.items():
             side, _, part = name.partition(".")
@@ -159,17 +181,32 @@ class Decoder(nn.Module):
             batch_size: B.
             keys: identities of the samples in training (noise, dropout); None in inference.
             prior_target_BTD: clean tokens; with keys, adds the output ``prior`` (B, T, D).
-            outputs: of ``pooled``, ``tokens``, ``retrieval``, ``prior``.
+            outputs: of ``pooled``, ``tokens``, ``retrieval``, ``prior``, ``low_level``. The last
+                stands for two: ``low_level`` (B, 4, 28, 28) and ``low_level_maps`` (B, 49, 512).
+                ``subject_latents`` are those before the backbone; ``skip_latents`` of Skip-LoRA
+                come with ``linear_latents`` of the subject layers.
         """
         if keys is not None and self.config.voxel_noise > 0:
             voxels = self._add_noise(voxels, rows, keys)
         latents = self.ridge(voxels, rows, batch_size)
+        found: dict[str, Tensor] = {}
+        if self.ends.skip is not None:
+            skip_latents = self.ends.skip(voxels, rows, batch_size)
+            if "skip_latents" in outputs:
+                found |= {"linear_latents": latents, "skip_latents": skip_latents}
+            latents = latents + skip_latents
+        if "subject_latents" in outputs:
+            found["subject_latents"] = latents
         latents = keyed_dropout(latents, self.config.ridge_dropout, keys, "ridge-dropout")
         latents = self.middle.backbone(latents, keys)
-        found = {"latents": latents}
+        found["latents"] = latents
+        if keys is not None and self.middle.temperature is not None:
+            found["temperature"] = self.middle.temperature()
         if "pooled" in outputs and self.middle.pooled is not None:
             found["pooled"] = self.middle.pooled(latents)
         wanted = set(outputs)
+        if "low_level" in wanted and self.middle.low_level is not None:
+            found["low_level"], found["low_level_maps"] = self.middle.low_level(latents, keys)
         if self.ends.tokens is not None and {"tokens", "retrieval", "prior"} & wanted:
             found["tokens"] = self.ends.tokens(latents)
             if "retrieval" in wanted and self.middle.projector is not None:

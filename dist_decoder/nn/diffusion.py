@@ -72,12 +72,14 @@ def make_scheduler(timesteps: int) -> DDPMScheduler:
     # Seconds to import: an error in the configuration must not wait for it.
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-    return DDPMScheduler(
-        num_train_timesteps=timesteps,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="sample",
-        clip_sample=False,
-    )
+    # No parameters: a model that is made on the meta device and then loaded needs real numbers.
+    with torch.device("cpu"):
+        return DDPMScheduler(
+            num_train_timesteps=timesteps,
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type="sample",
+            clip_sample=False,
+        )
 
 
 def sample_times(timesteps: int, steps: int) -> list[int]:

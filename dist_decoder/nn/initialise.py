@@ -21,8 +21,9 @@ class KnowsItsStart(Protocol):
 def initialise(model: nn.Module, seed: int) -> None:
     """Overwrite every parameter of ``model`` by a function of (seed, its name).
 
-    Linear layers are uniform within 1 / sqrt(inputs), LayerNorms are one and zero. A module can
-    name parameters below it in ``start_at_zero`` and ``start_at_identity``.
+    Linear layers and convolutions are uniform within 1 / sqrt(inputs), norms are one and zero. A
+    module can name parameters below it in ``start_at_zero`` and ``start_at_identity``. A model on
+    the meta device has no values, and gets none.
     """
     zero, identity = set(), set()
     for prefix, module in model.named_modules():
@@ -32,6 +33,8 @@ def initialise(model: nn.Module, seed: int) -> None:
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{prefix}.{name}" if prefix else name
+            if parameter.is_meta:
+                continue
             if full_name in zero:
                 parameter.zero_()
             elif full_name in identity:
@@ -49,6 +52,9 @@ def _start(
     if isinstance(module, nn.Linear):
         bound = module.in_features**-0.5
         return (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.Conv2d):
+        bound = module.weight[0].numel() ** -0.5
+        return (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
         return torch.ones(parameter.shape) if name == "weight" else torch.zeros(parameter.shape)
     raise NotImplementedError(f"{type(module).__name__}.{name} has no start value")

@@ -21,9 +21,8 @@ from dist_decoder.errors import CheckpointError
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.train.optimizer import (
     AveragingAdamW,
-    learning_rate,
     make_optimizer,
-    set_learning_rate,
+    set_schedule,
 )
 
 _BUCKET_ELEMENTS = 50_000_000
@@ -114,7 +113,7 @@ class Engine:
         Returns:
             The norm before clipping; not finite means that the step was not to be trusted.
         """
-        set_learning_rate(self.optimizer.param_groups, learning_rate(self.optim, step))
+        set_schedule(self.optimizer.param_groups, self.optim, step)
         self.deepspeed.backward(loss)
         if isinstance(self.deepspeed.optimizer, AveragingAdamW):
             limit = self.optim.clip_norm or math.inf

@@ -16,11 +16,13 @@ from dist_decoder.data.targets import read_targets
 from dist_decoder.dist import World, run_on_first
 from dist_decoder.errors import StorageError
 from dist_decoder.formats import Manifest
+from dist_decoder.losses.objective import needs_classes
 from dist_decoder.manifest import manifest_fingerprint, read_manifest
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import exclusive, open_location
 from dist_decoder.train.canonical import checkpoints_of
 from dist_decoder.train.checkpoint import CheckpointDocument, SubjectInfo
+from dist_decoder.train.class_terms import class_terms
 from dist_decoder.train.loop import Job, fit
 from dist_decoder.train.rows import subject_rows, validation_of
 from dist_decoder.train.run_folder import config_fingerprint, open_run, write_summary
@@ -109,6 +111,11 @@ def _job(config: TrainConfig, world: World) -> Job:
         ema=config.optim.ema_decay > 0,
     )
 
+    classes = None
+    if needs_classes(config.loss):
+        reader = subject_rows(config.data, "train")
+        classes = class_terms(config.loss, decoder, map(reader, subjects), None)
+
     def batches(start_step: int, needed: tuple[TargetName, ...]) -> Loader:
         return Loader(config.data, config.seed, world.rank, world.size, start_step, targets=needed)
 
@@ -118,6 +125,7 @@ def _job(config: TrainConfig, world: World) -> Job:
         batches=batches,
         validation=validation_of(config.data, manifest, subjects, world),
         document=document,
+        classes=classes,
         targets=read_targets(storage, manifest),
         data=config.data,
         loss=config.loss,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from dist_decoder.batch import Batch
 from dist_decoder.config.train import (
@@ -42,6 +43,7 @@ from dist_decoder.train.canonical import (
     write_state,
 )
 from dist_decoder.train.checkpoint import CheckpointDocument, load_weights, target_tensors
+from dist_decoder.train.class_terms import ClassTerms
 from dist_decoder.train.engine import Engine
 from dist_decoder.train.logs import Logs
 from dist_decoder.train.optimizer import learning_rate
@@ -49,6 +51,7 @@ from dist_decoder.train.signals import StopFlag, catch_stop_signals
 from dist_decoder.train.step import Plan, compute_losses
 
 _START_SCORES = "validation.json"
+_SKIPPED = "skipped_steps"
 
 
 class BatchSource(Protocol):
@@ -84,6 +87,8 @@ class Job:
     log: LogConfig
     save_frozen: bool = True
     """False for adapters: what is frozen belongs to the base."""
+    classes: ClassTerms | None = None
+    """What the losses on classes keep; None if they are off."""
     keep_start: bool = False
     """Save and validate the model at step 0, below ``start``."""
     label: str = ""
@@ -117,11 +122,14 @@ class _Run:
         self.folder = job.folder / "checkpoints"
         outputs = frozenset(_outputs_of(job.decoder))
         self.terms: tuple[Term, ...] = active_terms(job.loss, outputs)
+        self.skipped = 0
         if not self.terms:
             raise TrainingError(
                 "every loss term is switched off or has no output: nothing to learn"
             )
-        self.needed: tuple[TargetName, ...] = tuple(sorted({term.target for term in self.terms}))
+        names: tuple[TargetName, ...] = ("pooled", "tokens")
+        wanted = {term.target for term in self.terms}
+        self.needed = tuple(name for name in names if name in wanted)
         counts = (
             len(own_positions(job.data.batch_size, rank, world.size)) for rank in range(world.size)
         )
@@ -138,7 +146,7 @@ class _Run:
         job.decoder.to(world.device).train()
         self.engine = Engine(job.decoder, job.engine, job.optim, world)
         if state is not None:
-            self.engine.restore(state, self.step)
+            self.engine.restore(state, self.step - self.skipped)
         self.saved = self.step if state is not None else -1
 
     def close(self) -> None:
@@ -160,7 +168,7 @@ class _Run:
             clock = _Clock(job.data.batch_size)
             source = held.enter_context(closing(job.batches(self.step, self.needed)))
             for batch in source if self.step < steps else ():
-                norm, result = self._update(batch.to(self.world.device))
+                norm, result = self._update(batch.to(self.world.device), logs)
                 clock.count(batch.wait_s)
                 self.step += 1
                 if self.step % job.log.every_steps == 0 or self.step == steps:
@@ -185,27 +193,53 @@ class _Run:
             return {}
         return {"validation_at_start": json.loads(path.read_text())}
 
-    def _update(self, batch: Batch) -> tuple[float, Losses]:
+    def _update(self, batch: Batch, logs: Logs) -> tuple[float, Losses]:
         if batch.step != self.step:
             raise TrainingError(f"the loader gave step {batch.step}, expected {self.step}")
-        seed = self.job.document.seed
+        job = self.job
         losses = compute_losses(
-            self.engine, batch, self.plan, self.terms, self.job.loss, seed, self.world
+            self.engine,
+            batch,
+            self.plan,
+            self.terms,
+            job.loss,
+            job.document.seed,
+            self.world,
+            job.optim.steps,
+            job.decoder.ridge.num_voxels,
+            job.classes,
         )
-        norm = self.engine.update((losses.shared + losses.own) * self.world.size, self.step)
+        total = losses.shared + losses.own
+        if job.optim.non_finite == "skip" and self._is_skipped(batch, losses, total, logs):
+            return math.nan, losses
+        norm = self.engine.update(total * self.world.size, self.step)
         if not (math.isfinite(norm) and norm >= 0):
-            self._explain_non_finite(batch, losses)
+            raise TrainingError(self._explain_non_finite(batch, losses))
         return norm, losses
 
-    def _explain_non_finite(self, batch: Batch, losses: Losses) -> None:
+    def _is_skipped(self, batch: Batch, losses: Losses, total: Tensor, logs: Logs) -> bool:
+        """Return whether the loss of any rank is not finite, and count the step if so."""
+        finite = bool(torch.isfinite(total))
+        if not any_rank([0 if finite else 1], self.world)[0]:
+            return False
+        self.skipped += 1
+        text = self._explain_non_finite(batch, losses)
+        limit = self.job.optim.max_skipped
+        if self.skipped > limit:
+            raise TrainingError(f"{text}. Skipped {self.skipped} steps; optim.max_skipped={limit}")
+        logs.say(f"{text}; skipped, {self.skipped} of at most {limit}")
+        return True
+
+    def _explain_non_finite(self, batch: Batch, losses: Losses) -> str:
         terms = self._whole_terms(losses)
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
         samples = bad_samples(batch)
         where = f"loss term {', '.join(bad)}" if bad else "gradient"
         data = f"; samples with non-finite data: {', '.join(samples[:5])}" if samples else ""
-        raise TrainingError(
+        return (
             f"step {self.step}: the {where} is not finite{data}. Nothing was saved after the last "
-            "checkpoint; lower optim.lr, set optim.clip_norm, or repair the data"
+            "checkpoint; lower optim.lr, set optim.clip_norm, repair the data, or set "
+            "optim.non_finite=skip"
         )
 
     def _whole_terms(self, losses: Losses) -> dict[str, float]:
@@ -225,6 +259,7 @@ class _Run:
             **{f"loss/{name}": value for name, value in terms.items()},
             "lr": learning_rate(self.job.optim, self.step - 1),
             "grad_norm": norm,
+            "skipped_steps": self.skipped,
             "samples_per_s": rate,
             "wait_share": wait,
         }
@@ -253,6 +288,9 @@ class _Run:
                 own[name] = tensors
         if self.world.is_first:
             own |= target_tensors(self.job.targets)
+            own |= {_SKIPPED: {"memory": torch.tensor(float(self.skipped))}}
+            if self.job.classes is not None:
+                own |= self.job.classes.state()
             if self.job.save_frozen:
                 own |= {name: {"frozen": value} for name, value in self.frozen.items()}
         document = self.job.document.model_copy(update={"step": self.step})
@@ -300,6 +338,9 @@ class _Run:
         names = {name for name, p in self.job.decoder.named_parameters() if p.requires_grad}
         weights = {name: kinds["master"] for name, kinds in state.items() if "master" in kinds}
         load_weights(self.job.decoder, weights, folder, only=names)
+        self.skipped = int(state[_SKIPPED]["memory"]) if _SKIPPED in state else 0
+        if self.job.classes is not None:
+            self.job.classes.load(state)
         return document.step, state
 
     def _announce(self, logs: Logs) -> None:
@@ -354,9 +395,15 @@ def bad_samples(batch: Batch) -> list[str]:
 
 
 def _outputs_of(decoder: Decoder) -> list[str]:
-    outputs = ["pooled"] if decoder.pooled_dim is not None else []
+    outputs = ["subject_latents"]
+    if decoder.pooled_dim is not None:
+        outputs.append("pooled")
     if decoder.token_shape is not None:
         outputs += ["tokens", "retrieval"]
     if decoder.has_prior:
         outputs.append("prior")
+    if decoder.middle.low_level is not None:
+        outputs += ["low_level", "low_level_maps"]
+    if decoder.ends.skip is not None:
+        outputs.append("skip_latents")
     return outputs

@@ -15,6 +15,11 @@ _NOT_DECAYED = ("bias", "g", "learned_query", "null_brain", "null_image", "null_
 """Last parts of parameter names that weight decay leaves alone, besides LayerNorm weights."""
 
 
+_ONECYCLE_DIV = 25.0
+_ONECYCLE_FINAL_DIV = 1000.0
+_ONECYCLE_BETAS = (0.95, 0.85)
+
+
 class AveragingAdamW(torch.optim.AdamW):
     """AdamW that can keep an exponential moving average of its weights as a third state.
 
@@ -101,7 +106,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> AveragingAdamW:
-    """Return the optimizer; its learning rate is zero until ``set_learning_rate``."""
+    """Return the optimizer; its learning rate is zero until ``set_schedule``."""
     # Some engine wrappers take a step on zero gradients while they start: at lr 0 it does nothing.
     return AveragingAdamW(
         parameter_groups(model, config),
@@ -115,8 +120,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> AveragingAdamW:
 def learning_rate(config: OptimConfig, step: int) -> float:
     """Return the learning rate of global step ``step`` (0-based), before the parts' scales.
 
-    Linear over ``warmup_steps``, then half a cosine that ends at ``lr * final_lr_scale``.
+    ``cosine``: linear over ``warmup_steps``, then half a cosine that ends at
+    ``lr * final_lr_scale``. ``onecycle``: see ``one_cycle``.
     """
+    if config.schedule == "onecycle":
+        start = config.lr / _ONECYCLE_DIV
+        return one_cycle(config, step, start, config.lr, start / _ONECYCLE_FINAL_DIV)
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     span = max(config.steps - 1 - config.warmup_steps, 1)
@@ -125,7 +134,34 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     return config.lr * (config.final_lr_scale + (1 - config.final_lr_scale) * cosine)
 
 
-def set_learning_rate(groups: list[dict[str, Any]], rate: float) -> None:
-    """Set the rate of every group to ``rate`` times its part's scale."""
+def one_cycle(config: OptimConfig, step: int, start: float, top: float, end: float) -> float:
+    """Return half a cosine from ``start`` to ``top`` and half a cosine to ``end``, at ``step``.
+
+    The first takes ``warmup_steps - 1`` steps, the last step of the run has ``end``.
+
+    Source: Smith and Topin 2019 in the form of ``torch.optim.lr_scheduler.OneCycleLR``; MindEye2
+    warms up over two of its epochs.
+    """
+    turn = config.warmup_steps - 1
+    if step <= turn:
+        begin, finish, share = start, top, step / turn if turn > 0 else 1.0
+    else:
+        begin, finish = top, end
+        share = min((step - turn) / max(config.steps - 1 - turn, 1), 1.0)
+    return finish + (begin - finish) / 2 * (1 + math.cos(math.pi * share))
+
+
+def first_beta(config: OptimConfig, step: int) -> float:
+    """Return AdamW's beta1 of global step ``step``; ``onecycle`` moves it against the rate."""
+    if config.schedule == "onecycle":
+        high, low = _ONECYCLE_BETAS
+        return one_cycle(config, step, high, low, high)
+    return config.betas[0]
+
+
+def set_schedule(groups: list[dict[str, Any]], config: OptimConfig, step: int) -> None:
+    """Set rate (times the part's scale) and beta1 of every group for a global step."""
+    rate = learning_rate(config, step)
     for group in groups:
         group["lr"] = rate * group["lr_scale"]
+        group["betas"] = (first_beta(config, step), config.betas[1])

@@ -5,7 +5,7 @@ Axes: B samples of the global batch, b of this rank, F flattened features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,10 @@ from dist_decoder.batch import Batch
 from dist_decoder.config.train import LossConfig
 from dist_decoder.dist import World, gather
 from dist_decoder.errors import DataError
-from dist_decoder.losses.objective import Losses, Term, objective
+from dist_decoder.losses.objective import Inputs, Losses, Term, mixing_share, objective
 from dist_decoder.nn.keyed import SampleKeys
+from dist_decoder.train.class_terms import ClassTerms
+from dist_decoder.train.mixing import mix_batch
 
 Forward = Callable[..., dict[str, Tensor]]
 
@@ -40,6 +42,9 @@ def compute_losses(
     config: LossConfig,
     seed: int,
     world: World,
+    num_steps: int = 1,
+    num_voxels: Mapping[str, int] | None = None,
+    classes: ClassTerms | None = None,
 ) -> Losses:
     """Return this rank's losses of one global step.
 
@@ -53,12 +58,19 @@ def compute_losses(
         plan: samples of every rank.
         terms: active terms.
         config: weights.
-        seed: of noise, dropout and the prior's draws.
+        seed: of noise, dropout, mixtures and the prior's draws.
         world: this rank.
+        num_steps: of the run: schedules go by the finished share of it.
+        num_voxels: of every subject of the model; mixing needs it.
+        classes: what the terms on classes need; its memories take this step's samples in.
     """
     keys = SampleKeys(seed, batch.step, tuple(batch.positions_B.tolist()))
     targets = _targets(batch, terms)
-    needed = tuple(sorted({term.output for term in terms}))
+    mixture = None
+    if batch.step / num_steps < mixing_share(config):
+        voxels = num_voxels or {name: v.shape[1] for name, v in batch.voxels.items()}
+        batch, mixture = mix_batch(batch, plan.counts, config.mixing, seed, voxels, world)
+    needed = tuple(sorted({_ASKED.get(term.output, term.output) for term in terms}))
     outputs = forward(
         batch.voxels,
         batch.rows,
@@ -67,29 +79,79 @@ def compute_losses(
         prior_target_BTD=targets.get("tokens") if "prior" in needed else None,
         outputs=needed,
     )
+    class_inputs = None
+    if classes is not None:
+        labels = classes.labels_of(batch.image_uids).to(world.device)
+        class_inputs = classes.inputs(gather(labels.float(), plan.counts, world) > 0)
+        if config.classes.perturbed_prob > 0:
+            moved = classes.perturb(outputs["retrieval"], labels, keys, config.classes)
+            outputs = {**outputs, "retrieval": moved}
     shared = [term for term in terms if term.scope == "shared"]
     gathered = {
         name: gather(outputs[name].float().flatten(1), plan.counts, world)
         for name in dict.fromkeys(term.output for term in shared)
     }
     gathered_targets = {
-        str(name): gather(targets[name].flatten(1), plan.counts, world)
-        for name in dict.fromkeys(term.target for term in shared)
+        name: gather(targets[name].flatten(1), plan.counts, world)
+        for name in dict.fromkeys(name for term in shared for name in _target_names(term))
     }
-    image_ids_B = gather(batch.image_ids_B, plan.counts, world)
-    return objective(terms, config, outputs, targets, gathered, gathered_targets, image_ids_B)
+    inputs = Inputs(
+        config=config,
+        own=outputs,
+        own_targets=targets,
+        gathered=gathered,
+        gathered_targets=gathered_targets,
+        image_ids_B=gather(batch.image_ids_B, plan.counts, world),
+        step=batch.step,
+        num_steps=num_steps,
+        mixture=mixture,
+        classes=class_inputs,
+        temperature=_of_all_ranks(outputs.get("temperature"), world),
+    )
+    losses = objective(terms, inputs)
+    if class_inputs is not None:
+        if "subject_latents" in gathered:
+            class_inputs.latents.add(gathered["subject_latents"], class_inputs.labels_BC)
+        if config.relational > 0:
+            class_inputs.tokens.add(gathered["retrieval"], class_inputs.labels_BC)
+    return losses
+
+
+_ASKED = {"low_level_maps": "low_level"}
+"""Outputs that the decoder gives together with another one."""
+
+
+def _of_all_ranks(parameter: Tensor | None, world: World) -> Tensor | None:
+    """Return a parameter of shared terms; its gradient is divided over the ranks.
+
+    Every rank computes the whole shared loss, so that each would count the parameter's gradient
+    in full, while samples count on their own rank only.
+    """
+    if parameter is None:
+        return None
+    return parameter.detach() + (parameter - parameter.detach()) / world.size
+
+
+def _target_names(term: Term) -> tuple[str, ...]:
+    if term.target is None:
+        return ()
+    if term.name == "low_level_contrastive":
+        return ("low_level_maps", "low_level_maps_augmented")
+    return (term.target,)
 
 
 def _targets(batch: Batch, terms: tuple[Term, ...]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = dict(batch.low_level)
     for name, value in (("pooled", batch.pooled_BE), ("tokens", batch.tokens_BTD)):
         if value is not None:
             found[name] = value
-        elif any(term.target == name for term in terms):
-            raise DataError(
-                f"step {batch.step}: the batch has no {name} but a loss term needs them; embed "
-                f"with an encoder that gives {name} or set model.{name}=false"
-            )
+    for term in terms:
+        for name in _target_names(term):
+            if name not in found:
+                raise DataError(
+                    f"step {batch.step}: the batch has no {name} but loss.{term.name} needs them; "
+                    f"embed with an encoder that gives them, or switch the term off"
+                )
     return found
 
 

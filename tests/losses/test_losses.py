@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from dist_decoder.config.train import LossConfig
+from dist_decoder.losses.classes import class_prototypes
 from dist_decoder.losses.contrastive import cosine_similarity, symmetric_contrastive
-from dist_decoder.losses.objective import TERMS, active_terms, objective
+from dist_decoder.losses.memory import Memory
+from dist_decoder.losses.mixing import Mixture
+from dist_decoder.losses.objective import TERMS, ClassInputs, Inputs, active_terms, objective
 from dist_decoder.losses.regression import squared_error_sum
 
 B, F = 5, 7
@@ -76,33 +79,64 @@ def test_squared_error_is_a_sum_over_samples_of_means() -> None:
     assert nothing.grad is not None
 
 
+C, R, W = 3, 2, 6
+
+
 def everything() -> dict[str, dict[str, Tensor]]:
     outputs = {
         "pooled": normal(B, F, seed=2).requires_grad_(),
         "tokens": normal(B, 3, 4, seed=3).requires_grad_(),
         "retrieval": normal(B, 3, 4, seed=4).requires_grad_(),
         "prior": normal(B, 3, 4, seed=5).requires_grad_(),
+        "low_level": normal(B, 4, 2, 3, seed=6).requires_grad_(),
+        "low_level_maps": normal(B, R, W, seed=7).requires_grad_(),
+        "subject_latents": normal(B, 8, seed=8).requires_grad_(),
+        "linear_latents": normal(B, 8, seed=9),
+        "skip_latents": normal(B, 8, seed=10).requires_grad_(),
     }
-    return {"outputs": outputs, "targets": {"pooled": normal(B, F), "tokens": normal(B, 3, 4)}}
+    targets = {
+        "pooled": normal(B, F), "tokens": normal(B, 3, 4), "low_level": normal(B, 4, 2, 3),
+        "low_level_maps": normal(B, R, W), "low_level_maps_augmented": normal(B, R, W, seed=1),
+    }  # fmt: skip
+    return {"outputs": outputs, "targets": targets}
 
 
-def total(config: LossConfig, parts: dict[str, dict[str, Tensor]]) -> Tensor:
+LABELS = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 1]]).bool()
+
+
+def class_inputs() -> ClassInputs:
+    latents, tokens = Memory(9, 8, C), Memory(9, 12, C)
+    labels = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
+    latents.add(normal(3, 8, seed=20), labels)
+    tokens.add(normal(3, 12, seed=21), labels)
+    reference, _ = class_prototypes(normal(3, 6, seed=22), labels)
+    return ClassInputs(LABELS, latents, tokens, reference @ reference.mT, torch.ones(C).bool())
+
+
+def total(config: LossConfig, parts: dict[str, dict[str, Tensor]], step: int = 0) -> Tensor:
     outputs, targets = parts["outputs"], parts["targets"]
-    flat = {name: value.flatten(1) for name, value in outputs.items()}
-    flat_targets = {name: value.flatten(1) for name, value in targets.items()}
     terms = active_terms(config, frozenset(outputs))
-    losses = objective(terms, config, outputs, targets, flat, flat_targets, IDS)
-    assert set(losses.terms) == {term.name for term in terms}
+    inputs = Inputs(
+        config, outputs, targets,
+        {name: value.flatten(1) for name, value in outputs.items()},
+        {name: value.flatten(1) for name, value in targets.items()},
+        IDS, step, 10,
+        Mixture(torch.tensor([1, 0, 2, 4, 3]), torch.tensor([0.7, 1.0, 1.0, 0.2, 0.9])),
+        class_inputs(),
+    )  # fmt: skip
+    losses = objective(terms, inputs)
     return losses.shared + losses.own
 
 
-ONLY = {term.name: 0.0 for term in TERMS}
+SMALL = {"memory_minimum": 1, "min_members": 1, "margin": 3.0}
+ONLY = {**{term.name: 0.0 for term in TERMS}, "classes": SMALL}
 
 
 @pytest.mark.parametrize("term", TERMS, ids=lambda term: term.name)
 def test_a_term_reaches_its_output_alone_and_scales_with_its_weight(term) -> None:  # type: ignore[no-untyped-def]
     parts = everything()
     config = LossConfig.model_validate({**ONLY, term.name: 1.0})
+    # Nothing is mixed without BiMixCo: SoftCLIP then begins at once.
     loss = total(config, parts)
     loss.backward()
     reached = {name for name, value in parts["outputs"].items() if value.grad is not None}
@@ -110,9 +144,12 @@ def test_a_term_reaches_its_output_alone_and_scales_with_its_weight(term) -> Non
     assert parts["outputs"][term.output].grad.any()  # type: ignore[union-attr]
     doubled = config.model_copy(update={term.name: 2.0})
     torch.testing.assert_close(total(doubled, everything()), 2 * loss)
-    without = LossConfig.model_validate({term.name: 0.0})
-    whole, rest = total(LossConfig(), everything()), total(without, everything())
-    assert not torch.equal(whole, rest)
+    every = {**dict.fromkeys(ONLY, 1.0), "classes": SMALL}
+    without = LossConfig.model_validate({**every, term.name: 0.0})
+    # SoftCLIP follows the mixing part of the run.
+    step = 9 if term.phase == "after_mixing" else 0
+    whole = total(LossConfig.model_validate(every), everything(), step)
+    assert not torch.equal(whole, total(without, everything(), step))
 
 
 def test_temperature_acts() -> None:

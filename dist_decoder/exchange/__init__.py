@@ -1,0 +1,1 @@
+"""Checkpoints of others, and folders for others: import, export, from_pretrained."""
