@@ -65,7 +65,9 @@ def made_classes(loss: LossConfig) -> ClassTerms:
 
 def whole_batch(step: int, positions: range) -> Batch:
     """Return a made batch with low-level targets."""
-    drawn = {name: [] for name in ("low_level", "low_level_maps", "low_level_maps_augmented")}
+    drawn: dict[str, list[torch.Tensor]] = {
+        name: [] for name in ("low_level", "low_level_maps", "low_level_maps_augmented")
+    }
     for position in positions:
         generator = torch.Generator().manual_seed(step * 1000 + position)
         for name, values in drawn.items():
@@ -108,7 +110,7 @@ def losses_by_step(
         with torch.no_grad():
             for parameter in decoder.parameters():
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter -= 0.002 * sum_over_ranks(grad, world)
+                parameter.sub_(0.002 * sum_over_ranks(grad, world))
         own_names = [term.name for term in terms if term.scope == "own"]
         summed = {
             name: float(sum_over_ranks(value, world)) if name in own_names else float(value)
