@@ -99,6 +99,6 @@ def _outputs(decoder: Decoder, loss: LossConfig) -> tuple[str, ...]:
         wanted.append("prior")
     if loss.token_contrastive:
         wanted.append("retrieval")
-    if decoder.middle.low_level is not None:
+    if decoder.middle.low_level is not None and (loss.low_level_l1 or loss.low_level_contrastive):
         wanted.append("low_level")
     return (*wanted, "tokens")

@@ -101,5 +101,7 @@ def _sums(decoder: Decoder, rows: SubjectRows, classes: tuple[str, ...]) -> Clas
         labels = np.array(
             [[name in rows.categories_M[image] for name in classes] for image in images], bool
         )
-        sums.add(total / np.maximum(count, 1)[:, None], labels, np.array(images) % 2)
+        # By a hash of the image: classes may follow the order of the images.
+        half = rows.image_ids_M[images.start : images.stop] % 2
+        sums.add(total / np.maximum(count, 1)[:, None], labels, half)
     return sums

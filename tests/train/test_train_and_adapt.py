@@ -14,6 +14,7 @@ from dist_decoder.adapt import adapt
 from dist_decoder.config.base import to_yaml
 from dist_decoder.config.train import AdaptConfig, TrainConfig
 from dist_decoder.errors import ConfigError, RunError
+from dist_decoder.estimate.estimate import estimate_adaptation, estimate_training
 from dist_decoder.train.checkpoint import load_for_inference
 from dist_decoder.train.joint import train
 
@@ -68,6 +69,18 @@ def joint(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         summary["validation"]
     )
     return run
+
+
+def test_estimates_count_the_models_that_are_trained(joint: Path, shards: Path) -> None:
+    decoder, _ = load_for_inference(joint)
+    counted = estimate_training(joint_config(joint, shards))["parameters"]
+    # The rotary frequencies of a head of width 4 are counted, and are no parameters.
+    assert counted["total"] == sum(p.numel() for p in decoder.parameters()) + 2
+    new = estimate_adaptation(adapt_config(joint.parent / "new", joint, shards))["parameters"]
+    assert new["trainable"] == new["ridge"] + new["lora"]
+    assert new["lora"] == 2 * (8 + 5) * 2
+    whole = adapt_config(joint.parent / "new", joint, shards, start="scratch")
+    assert estimate_adaptation(whole)["parameters"]["lora"] == 0
 
 
 def test_joint_training_leaves_held_out_subjects_alone(joint: Path) -> None:
