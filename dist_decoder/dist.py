@@ -43,6 +43,7 @@ def start(device: str = "auto", timeout_s: int = 1800) -> World:
     Raises:
         ConfigError: CUDA was asked for and is absent, or the environment names a rank and lacks
             the rest of what a launcher sets.
+        TrainingError: the other ranks did not come within ``timeout_s``.
     """
     chosen = pick_device(device)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -64,7 +65,15 @@ def start(device: str = "auto", timeout_s: int = 1800) -> World:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     if not torch_dist.is_initialized():
-        torch_dist.init_process_group(backend, timeout=timeout)
+        try:
+            torch_dist.init_process_group(backend, timeout=timeout)
+        except torch_dist.DistError as error:
+            rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise TrainingError(
+                f"rank {rank} of {size} waited {timeout_s} s for the other ranks at {place}: start "
+                "all of them, check that they reach this address, or raise engine.timeout_s"
+            ) from error
     return World(torch_dist.get_rank(), torch_dist.get_world_size(), chosen)
 
 

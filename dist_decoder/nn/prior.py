@@ -100,7 +100,7 @@ class Attention(nn.Module):
             attn_mask=bias_HNK.to(q.dtype)[None],
             scale=_COSINE_SCALE,
         )
-        return self.out_norm(self.out(mixed.transpose(1, 2).reshape(batch, length, -1)))
+        return self.out_norm(self.out(mixed.transpose(1, 2).flatten(2)))
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:

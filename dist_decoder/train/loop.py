@@ -29,7 +29,7 @@ from dist_decoder.data.members import TargetName
 from dist_decoder.data.order import own_positions
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.dist import World, any_rank, broadcast_object, sum_over_ranks
-from dist_decoder.errors import CheckpointError, StoppedError, TrainingError
+from dist_decoder.errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from dist_decoder.losses.objective import Losses, Term, active_terms
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import atomic_write_json
@@ -104,6 +104,7 @@ def fit(job: Job, world: World) -> dict[str, Any]:
     Raises:
         StoppedError: SIGTERM or SIGUSR1 came; a checkpoint was saved.
         KeyboardInterrupt: SIGINT came; a checkpoint was saved.
+        ConfigError: the batch is smaller than the number of ranks.
         TrainingError: a loss or gradient is not finite.
         CheckpointError: the newest checkpoint is damaged or does not fit.
     """
@@ -134,6 +135,12 @@ class _Run:
             len(own_positions(job.data.batch_size, rank, world.size)) for rank in range(world.size)
         )
         self.plan = Plan(tuple(counts))
+        if min(self.plan.counts) == 0:
+            # An empty backward pass may abort a rank without a word.
+            raise ConfigError(
+                f"data.batch_size {job.data.batch_size} leaves a rank of {world.size} without "
+                "samples: raise it to at least the number of ranks, or start fewer ranks"
+            )
         self.unused = job.decoder.train_only_for(job.loss)
         self.step, state = self._resume()
         # Validation predicts with a copy: at ZeRO stage 3 the trained one is in pieces.

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hand_made import edit_manifest, write_shards
+from hand_made import write_shards
+from hand_made_runs import adapt_config, joint_config
 
 from dist_decoder.adapt import adapt
 from dist_decoder.config.base import to_yaml
-from dist_decoder.config.train import AdaptConfig, TrainConfig
 from dist_decoder.errors import ConfigError, RunError
 from dist_decoder.estimate.estimate import estimate_adaptation, estimate_training
 from dist_decoder.train.checkpoint import load_for_inference
@@ -21,6 +21,7 @@ from dist_decoder.train.joint import train
 ROOT = Path(__file__).parents[2]
 
 
+<<<<<<< HEAD
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shards")
@@ -83,6 +84,8 @@ def test_estimates_count_the_models_that_are_trained(joint: Path, shards: Path) 
     assert estimate_adaptation(whole)["parameters"]["lora"] == 0
 
 
+=======
+>>>>>>> main
 def test_joint_training_leaves_held_out_subjects_alone(joint: Path) -> None:
     decoder, meta = load_for_inference(joint)
     assert set(meta.subjects) == {"alpha/s1", "alpha/s2", "beta/s1"}
