@@ -146,7 +146,7 @@ def test_documents_name_files_that_exist() -> None:
             assert (REPOSITORY / name).is_file(), f"{document.name}: {name}"
         for name in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text):
             assert (document.parent / name).exists(), f"{document.name}: link to {name}"
-        for target in re.findall(r"^\s*make ([a-z]+)", text, flags=re.MULTILINE):
+        for target in re.findall(r"^\s*make ([a-z0-9-]+)", text, flags=re.MULTILINE):
             assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
 
 

@@ -117,7 +117,7 @@ def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
         ("lr=3", "did you mean 'optim.lr'?"),
         ("data.batchsize=3", "did you mean 'data.batch_size'?"),
         ("qqqqqqqqqq=3", "unknown key 'qqqqqqqqqq'; the file may hold checkpoint, data,"),
-        ("optim.zzz=3", "optim may hold backbone_lr_scale, betas,"),
+        ("optim.qqqqqqqqq=3", "optim may hold backbone_lr_scale, betas,"),
         ("model.backbone.mixer=mixed", "model.backbone.mixer: Input should be 'residual'"),
         ("optim.steps=many", "optim.steps: Input should be a valid integer"),
         ("optim.steps=0", "optim.steps: Input should be greater than or equal to 1"),

@@ -61,8 +61,11 @@ def test_at_length_one_wide_blocks_get_no_gradient() -> None:
     mixer = scrambled(MindEye2Mixer(L, CONFIG))
     mixer.requires_grad_(True)
     mixer.mix(torch.randn(B, 1, L)).square().sum().backward()
-    for name, parameter in mixer.named_parameters():
-        alive = parameter.grad is not None and parameter.grad.abs().max() > 1e-6
+    found = {n: p.grad.abs().max() for n, p in mixer.named_parameters() if p.grad is not None}
+    # Rounding leaves a trace in the weight of a norm over one number: hence relative.
+    least = 1e-3 * max(found.values())
+    for name, _ in mixer.named_parameters():
+        alive = name in found and bool(found[name] > least)
         assert alive == (name.startswith("constants.") and "norm.weight" not in name), name
 
 

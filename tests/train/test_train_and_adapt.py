@@ -21,57 +21,6 @@ from dist_decoder.train.joint import train
 ROOT = Path(__file__).parents[2]
 
 
-<<<<<<< HEAD
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("shards")
-    write_shards(path)
-    sources = json.loads((path / "manifest.json").read_text())["sources"]
-    # Their images are new: here they serve as validation images.
-    for source in sources:
-        if source["split"] == "test":
-            source["split"] = "validation"
-    edit_manifest(path, sources=sources)
-    return path
-
-
-MODEL: dict[str, Any] = {
-    "latent_dim": 8,
-    "backbone": {"blocks": 1, "hidden": 5},
-    "prior": {"depth": 1, "heads": 2, "head_dim": 4, "timesteps": 10, "sample_steps": 4},
-}
-
-
-def joint_config(run: Path, shards: Path, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "run": run, "data": {"shards": str(shards), "batch_size": 8}, "model": MODEL,
-        "optim": {"steps": 6, "ema_decay": 0.9}, "checkpoint": {"every_steps": 2},
-        "log": {"every_steps": 1, "tensorboard": False}, **changes,
-    }  # fmt: skip
-    return TrainConfig.model_validate(values)
-
-
-def adapt_config(run: Path, base: Path, shards: Path, **changes: Any) -> AdaptConfig:
-    values: dict[str, Any] = {
-        "run": run, "base": base, "subject": "beta/held", "lora": {"rank": 2},
-        "data": {"shards": str(shards), "batch_size": 4}, "optim": {"steps": 3},
-        "lrs": (1e-2, 1e-4), "log": {"tensorboard": False}, "sessions": 3, **changes,
-    }  # fmt: skip
-    return AdaptConfig.model_validate(values)
-
-
-@pytest.fixture(scope="module")
-def joint(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "joint"
-    summary = train(joint_config(run, shards))
-    assert summary is not None
-    assert summary["step"] == 6
-    assert {"validation/alpha/pooled_top1", "validation/beta/tokens_mrr"} <= set(
-        summary["validation"]
-    )
-    return run
-
-
 def test_estimates_count_the_models_that_are_trained(joint: Path, shards: Path) -> None:
     decoder, _ = load_for_inference(joint)
     counted = estimate_training(joint_config(joint, shards))["parameters"]
@@ -84,8 +33,6 @@ def test_estimates_count_the_models_that_are_trained(joint: Path, shards: Path) 
     assert estimate_adaptation(whole)["parameters"]["lora"] == 0
 
 
-=======
->>>>>>> main
 def test_joint_training_leaves_held_out_subjects_alone(joint: Path) -> None:
     decoder, meta = load_for_inference(joint)
     assert set(meta.subjects) == {"alpha/s1", "alpha/s2", "beta/s1"}
