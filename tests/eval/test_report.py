@@ -88,7 +88,7 @@ def test_json_has_the_promised_schema(report):
     }  # fmt: skip
     assert content["fingerprints"] == {"shards": "abc"}
     assert content["evaluation_command"] == "dist-decoder evaluate x.yaml"
-    assert content["command"].startswith("dist-decoder ")
+    assert content["command"].startswith("dist-decoder")
 
 
 class _Page(HTMLParser):
