@@ -27,7 +27,7 @@ from data_tools.tar_shard import write_shard
 from data_tools.target_statistics import target_statistics
 from dist_decoder import __version__
 from dist_decoder.config.base import fingerprint
-from dist_decoder.config.data import DataConfig
+from dist_decoder.config.data import DataConfig, ShardConfig
 from dist_decoder.config.progress import Progress, progress
 from dist_decoder.encoders import open_encoder
 from dist_decoder.errors import ConfigError, DataError
@@ -141,11 +141,16 @@ def _notes(config: DataConfig) -> tuple[str, ...]:
         notes.append(f"normalise {settings.normalise} leaks: {LEAKS[settings.normalise]}")
     if settings.average_trials or settings.average_test_trials:
         which = "all" if settings.average_trials else "test and imagery"
+        scale = " times the square root of their number" if _scaled(settings) else ""
         notes.append(
-            f"rows of {which} images are means over repetitions; scores are not comparable with"
-            " those of single trials"
+            f"rows of {which} images are means over repetitions{scale}; scores are not comparable"
+            " with those of single trials"
         )
     return tuple(notes)
+
+
+def _scaled(settings: ShardConfig) -> bool:
+    return settings.average_scale == "sqrt_n"
 
 
 def _inputs(

@@ -89,7 +89,7 @@ def measured_sources(
                 average = config.shard.average_trials or (
                     config.shard.average_test_trials and split in ("test", "imagery")
                 )
-                picked = _pick(one.voxels_NV, columns, rows, average)
+                picked = _pick(one.voxels_NV, columns, rows, average, config)
                 found[split].setdefault(uid, {})[one.subject] = picked
     return [
         Source(
@@ -183,13 +183,19 @@ def source_samples(
 
 
 def _pick(
-    voxels_NV: NDArray[Any], columns: list[list[int]], rows: list[int], average: bool
+    voxels_NV: NDArray[Any],
+    columns: list[list[int]],
+    rows: list[int],
+    average: bool,
+    config: DataConfig,
 ) -> Rows:
     session, run, trial, repetition = ([column[row] for row in rows] for column in columns)
     if average:
         mean_V = voxels_NV[rows].astype(np.float64).mean(axis=0)
+        if config.shard.average_scale == "sqrt_n":
+            mean_V *= np.sqrt(len(rows))
         # The last session, so that a limit on sessions never lets a later one in.
-        info = RowInfo(session=max(session), run=0, trial=-1)
+        info = RowInfo(session=max(session), run=0, trial=-1, repetitions=len(rows))
         return Rows(mean_V[None].astype(voxels_NV.dtype), (info,))
     infos = tuple(
         RowInfo(session=session[i], run=run[i], trial=trial[i], repetition=repetition[i])

@@ -35,6 +35,8 @@ class RowInfo(Section):
     trial: int
     """0-based position in the subject's recording; -1 for averages and synthetic rows."""
     repetition: int = 0
+    repetitions: int = 1
+    """Trials whose mean this row is."""
     provenance: dict[str, str | int | float] | None = None
     """Synthetic rows: ridge fingerprint, noise model, sigma, seed, source image."""
 

@@ -221,6 +221,7 @@ class _Work:
     ) -> None:
         config = self.config
         rows = _rows(config.shards, config.split, name, None)
+        repetitions = float(np.mean([info.repetitions for info in rows.infos_N]))
         trials = make_trials(
             name,
             rows.image_N,
@@ -229,7 +230,8 @@ class _Work:
             _targets(rows),
             rows.categories_M,
             holdout=self._holdout(name),
-            bayes=self._bayes_of(name, len(rows.uids_M)),
+            bayes=self._bayes_of(name, len(rows.uids_M), repetitions),
+            repetitions=repetitions,
         )
         if ridge is not None:
             for output in ridge.fits:
@@ -250,7 +252,7 @@ class _Work:
                 shown = True
                 self._show(trials, model.row.model, found)
 
-    def _bayes_of(self, name: str, pool: int) -> dict[str, Bayes]:
+    def _bayes_of(self, name: str, pool: int, repetitions: float) -> dict[str, Bayes]:
         entry = self.bayes.get(name)
         if entry is None or self.config.split != "test":
             return {}
@@ -258,6 +260,12 @@ class _Work:
             self.notes.append(
                 f"{name}: the ground truth was simulated for a pool of {entry['pool']}, the test "
                 f"split has {pool}; its Bayes score is left out"
+            )
+            return {}
+        if repetitions > 1:
+            self.notes.append(
+                f"{name}: a query is the mean of {repetitions:.3g} trials; the ground truth was "
+                "simulated for single trials, and its Bayes score is left out"
             )
             return {}
         return {

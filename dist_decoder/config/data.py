@@ -44,6 +44,9 @@ class FabricatedBOLD5000(Section):
     subjects: tuple[int, ...] = (1, 2, 3, 4)
     sessions: PositiveInt = 4
     num_voxels: tuple[int, int] = (180, 230)
+    formats: tuple[Literal["roi_npy", "release1", "nii"], ...] = ("roi_npy",)
+    """Files of responses. roi_npy: ROI arrays of release 2. release1: ROI arrays of release 1, .mat
+    and .h5, in another unit. nii: volumes of release 2 by session, and masks of the same voxels."""
     shared_with_nsd: int = 280
     """NSD test images that are also BOLD5000 training stimuli (all 1,000 in the real data)."""
     image_px: PicturePx = 64
@@ -234,6 +237,10 @@ class ShardConfig(Section):
     average_test_trials: bool = False
     """Average the rows of test and imagery images only, as papers on GOD do with its 35
     repetitions (named in the manifest). Scores rise with the number of repetitions."""
+    average_scale: Literal["mean", "sqrt_n"] = "mean"
+    """What an averaged row is. mean: the mean of its n trials, whose noise is sqrt(n) times smaller
+    than that of the trials a decoder learned from. sqrt_n: that mean times sqrt(n), so that noise
+    has the size it had in training, and signal is larger."""
     public: bool = False
     """The shards are to be passed on: refuse datasets whose terms forbid that."""
     token_dtype: Literal["float16", "float32"] = "float16"
