@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_tools.datasets.god import encode_label
+from data_tools.datasets.god_labels import encode_label
 from data_tools.datasets.nsd import NSDReader
 from data_tools.datasets.protocol import Dataset
 from data_tools.datasets.registry import open_dataset
