@@ -179,6 +179,11 @@ class LossConfig(Section):
     mixing: MixingConfig = MixingConfig()
     classes: ClassLossConfig = ClassLossConfig()
 
+    @property
+    def trains_projector(self) -> bool:
+        """Whether a term with a weight sees the projected tokens."""
+        return any((self.token_contrastive, self.bimixco, self.softclip, self.relational))
+
 
 class OptimConfig(Section):
     """AdamW per part, one schedule by global step."""
@@ -339,6 +344,9 @@ class ClassStatisticsConfig(Section):
     """Folder or object-store URL of the shards; their categories are the classes."""
     output: Path
     """Folder that is written."""
+    min_images: PositiveInt = 1
+    """A class with fewer training images, over all source subjects, is left out: its prototype
+    would be the noise of a few scans."""
     min_reliability: float = 0.2
     """Refuse class similarities whose two halves (of the images) correlate less, mean over
     subjects."""
