@@ -137,8 +137,12 @@ class ClassLossConfig(Section):
     """Latents that the triplet alignment remembers."""
     memory_minimum: Annotated[int, Field(ge=0)] = 512
     """It begins when so many are remembered."""
-    relational_memory: PositiveInt = 512
-    """Predicted token sets that the relational consistency remembers."""
+    relational_memory: PositiveInt = 1024
+    """Images whose predicted tokens the relational consistency remembers; one session of NSD has
+    536 training images."""
+    relational_momentum: Fraction = 0.9
+    """How much of an image's remembered tokens stays at its next visit; 0 keeps the last visit
+    (Duala: 0.9)."""
     min_members: PositiveInt = 3
     """A class with fewer samples has no prototype."""
     perturbed_prob: Fraction = 0.0
