@@ -128,6 +128,8 @@ class Loader:
         visits = self.order.visits(step, self._positions)
         gathered = self._samples.gather(visits)
         sample_B = (self._first_sample[visits.shard_B] + visits.sample_B).tolist()
+        latent_BCHW = gathered.latent_BCHW
+        low_level = {} if latent_BCHW is None else {"low_level": latent_BCHW}
         keys = zip(sample_B, visits.row_B.tolist(), strict=True)
         return Batch(
             step=step,
@@ -141,6 +143,7 @@ class Loader:
             keys=tuple(f"{self._keys[sample]}:{row}" for sample, row in keys),
             pooled_BE=gathered.pooled_BE,
             tokens_BTD=gathered.tokens_BTD,
+            low_level=low_level,
         )
 
     def _from_workers(self) -> Batch:

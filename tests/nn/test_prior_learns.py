@@ -16,9 +16,7 @@ from dist_decoder.nn.keyed import SampleKeys
 from dist_decoder.stats.intervals import cluster_interval, paired_interval
 
 T, D, M, STEPS = 2, 8, 60, 150
-CONFIG = PriorConfig(
-    depth=2, heads=2, head_dim=8, timesteps=20, sample_steps=6, cond_drop_prob=0.1
-)
+CONFIG = PriorConfig(depth=2, heads=2, head_dim=8, timesteps=20, sample_steps=6, cond_drop_prob=0.1)
 
 
 def draw(*shape: int, seed: int) -> Tensor:
