@@ -41,7 +41,7 @@ from dist_decoder.rng import key64
 from dist_decoder.stimuli import read_pictures
 from dist_decoder.storage import open_location
 from dist_decoder.train.checkpoint import find_checkpoint
-from dist_decoder.train.targets_of_base import targets_of_base
+from dist_decoder.train.targets_of_base import check_masks, targets_of_base
 
 START = "start"
 """Folder below an adapted run with the checkpoint before its first step."""
@@ -127,14 +127,16 @@ class _Work:
         """Take the statistics of the models' targets, which must be one and the same.
 
         Raises:
-            ConfigError: a model predicts other targets than those of the shards, or the models
-                differ.
+            ConfigError: a model predicts other targets than those of the shards, or reads other
+                voxels, or the models differ.
         """
         where = self.config.shards
         found = [
             targets_of_base(model.predictor.meta, self.manifest, shards, where)
             for model in self.models
         ]
+        for model in self.models:
+            check_masks(model.predictor.meta, self.manifest, model.subjects)
         self.targets = found[0]
         if any(targets.is_raw != self.targets.is_raw for targets in found):
             raise ConfigError(

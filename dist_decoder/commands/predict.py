@@ -28,7 +28,7 @@ from dist_decoder.predict import (
 )
 from dist_decoder.stimuli import read_pictures
 from dist_decoder.storage import atomic_write_bytes, atomic_write_json, open_location
-from dist_decoder.train.targets_of_base import targets_of_base
+from dist_decoder.train.targets_of_base import check_masks, targets_of_base
 
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 _SHEET_ROWS = 24
@@ -60,6 +60,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
         names = [str(row) for row in range(len(voxels_NV))]
         seen: list[str] | None = None
     else:
+        check_masks(predictor.meta, manifest, (config.subject,))
         rows = read_rows(shards, config.split, subjects=(config.subject,), allow_holdout=True)[
             config.subject
         ]

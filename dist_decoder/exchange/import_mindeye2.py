@@ -17,7 +17,7 @@ from dist_decoder.formats import EncoderEntry
 from dist_decoder.storage import sha256_file
 from dist_decoder.train.canonical import checkpoints_of, read_document, write_state
 from dist_decoder.train.checkpoint import CheckpointDocument, SubjectInfo, target_tensors
-from dist_decoder.train.targets_of_base import IMPORTED_KIND, RELEASED_ENCODER
+from dist_decoder.train.targets_of_base import IMPORTED_KIND, RELEASED_ENCODER, UNKNOWN_MASK
 
 NSD_VOXELS = {
     "nsd/subj01": 15724,
@@ -71,7 +71,7 @@ def import_mindeye2(config: ImportConfig) -> dict[str, Any]:
         seed=0,
         model=decoder.config,
         subjects={
-            name: SubjectInfo(num_voxels=count, mask_fingerprint="not recorded by MindEye2")
+            name: SubjectInfo(num_voxels=count, mask_fingerprint=UNKNOWN_MASK)
             for name, count in decoder.ridge.num_voxels.items()
         },
         encoder=EncoderEntry(

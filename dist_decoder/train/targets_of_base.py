@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from dist_decoder.train.checkpoint import CheckpointMeta
 
 RELEASED_ENCODER = "mindeye2-openclip-bigG-tokens"
 """Encoder id of an imported checkpoint that says no other: the files do not name theirs."""
+UNKNOWN_MASK = "not recorded by MindEye2"
+"""Mask fingerprint of the subjects of an imported checkpoint."""
 IMPORTED_KIND = "imported"
 """Kind of the encoder of an imported checkpoint."""
 _RELEASED = re.compile(r"openclip-ViT-bigG-14-laion2b_s39b_b160k-mindeye2-[0-9a-f]{8}")
@@ -57,6 +60,22 @@ def targets_of_base(
             "holdout), and evaluate a model on its own shards"
         )
     return targets
+
+
+def check_masks(model: CheckpointMeta, manifest: Manifest, subjects: Iterable[str]) -> None:
+    """Refuse shards whose voxels are not those that the model was trained on.
+
+    Raises:
+        ConfigError: a subject was made with another mask, even if it has as many voxels.
+    """
+    for name in subjects:
+        known = model.subjects[name].mask_fingerprint
+        found = manifest.subjects[name].mask_fingerprint
+        if known not in (found, UNKNOWN_MASK):
+            raise ConfigError(
+                f"{name}: the shards were made with the mask {found}, {model.folder} was trained "
+                f"with {known}: other voxels, or another order. Ingest with the same roi"
+            )
 
 
 def _is_same_encoder(model: EncoderEntry, shards: EncoderEntry) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,23 @@ def test_evaluation_and_prediction_rank_raw_targets(place: Path, tuned: Path) ->
     image = torch.from_numpy(np.asarray(rows.tokens_MTD, np.float32)[0])
     cosine = torch.nn.functional.cosine_similarity(brain.flatten(), image.flatten(), dim=0)
     assert own["score"] == pytest.approx(float(cosine), abs=1e-5)
+
+
+def test_another_mask_of_as_many_voxels_is_refused(place: Path, tuned: Path) -> None:
+    other = place / "other-mask"
+    shutil.copytree(place / "shards", other)
+    subjects = json.loads((other / "manifest.json").read_text())["subjects"]
+    subjects[NEW]["mask_fingerprint"] = "another"
+    edit_manifest(other, subjects=subjects)
+    values: dict[str, Any] = {"shards": str(other), "output": place / "none", "ridge": False}
+    models = [{"model": "adapted", "run": tuned}]
+    with pytest.raises(ConfigError, match="made with the mask another"):
+        evaluate(EvaluateConfig.model_validate({**values, "models": models}))
+    with pytest.raises(ConfigError, match="made with the mask another"):
+        predict(
+            PredictConfig(run=tuned, subject=NEW, shards=str(other), output=place / "none",
+                          split="test")
+        )  # fmt: skip
 
 
 def test_another_encoder_is_refused_with_the_way_out(place: Path) -> None:
