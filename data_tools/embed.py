@@ -16,6 +16,7 @@ from data_tools.store import Store
 from dist_decoder.config.data import DataConfig
 from dist_decoder.config.progress import Progress, progress
 from dist_decoder.encoders import Encoder, ImageEncoder, LabelEncoder, open_encoder
+from dist_decoder.encoders.vae import VaeEncoder
 from dist_decoder.errors import DataError
 from dist_decoder.storage import exclusive
 
@@ -28,7 +29,8 @@ def embed(config: DataConfig) -> dict[str, Any]:
     files are the same as without the interruption.
 
     Returns:
-        Encoder id, widths, number of images, and how many of them this call embedded.
+        Encoder id, widths, number of images, and how many of them this call embedded; the same
+        of the VAE below ``low_level``, if the configuration names one.
 
     Raises:
         DataError: a dataset without images under an image encoder, a stimulus without category
@@ -37,7 +39,16 @@ def embed(config: DataConfig) -> dict[str, Any]:
     """
     store = Store(config.store)
     datasets = store.require([dataset.dataset for dataset in config.datasets])
-    encoder = open_encoder(config.embed)
+    result = _embed_by(open_encoder(config.embed), store, datasets, config.embed.batch_size)
+    if config.low_level is not None:
+        vae = VaeEncoder(config.low_level)
+        result["low_level"] = _embed_by(vae, store, datasets, config.low_level.batch_size)
+    return result
+
+
+def _embed_by(
+    encoder: Encoder, store: Store, datasets: Sequence[str], batch_size: int
+) -> dict[str, Any]:
     sources = _sources(store, datasets, encoder)
     with exclusive(embeddings_path(store.path, encoder.id), "embed"):
         writer = EmbeddingWriter(store.path, encoder, sources)
@@ -46,7 +57,7 @@ def embed(config: DataConfig) -> dict[str, Any]:
             writer.begin()
             with progress(f"embed {encoder.id}", len(writer.sources) - start) as counter:
                 while unit := writer.next_unit():
-                    writer.write_unit(*_encode(store, encoder, unit, config, counter))
+                    writer.write_unit(*_encode(store, encoder, unit, batch_size, counter))
             writer.finish()
     return {
         "encoder": encoder.id,
@@ -63,10 +74,11 @@ def describe_embed(result: dict[str, Any]) -> str:
     shape = result["token_shape"]
     tokens = f", tokens {' x '.join(str(size) for size in shape)}" if shape else ", no tokens"
     kept = result["images"] - result["embedded_now"]
+    more = f"\n{describe_embed(result['low_level'])}" if "low_level" in result else ""
     return (
         f"encoder {result['encoder']}: pooled {result['pooled_dim']}{tokens}\n"
         f"  {result['images']} images: {result['embedded_now']} embedded now, {kept} kept\n"
-        f"  {result['path']}"
+        f"  {result['path']}{more}"
     )
 
 
@@ -95,13 +107,13 @@ def _sources(store: Store, datasets: Sequence[str], encoder: Encoder) -> list[So
 
 
 def _encode(
-    store: Store, encoder: Encoder, unit: Sequence[Source], config: DataConfig, counter: Progress
+    store: Store, encoder: Encoder, unit: Sequence[Source], batch_size: int, counter: Progress
 ) -> tuple[NDArray[np.float32], NDArray[np.float16] | None]:
     """Return (pooled_ME, tokens_MTD) of one unit, batch by batch."""
     pooled_ME = np.empty((len(unit), encoder.pooled_dim), dtype=np.float32)
     shape = encoder.token_shape
     tokens_MTD = None if shape is None else np.empty((len(unit), *shape), dtype=np.float16)
-    for rows in _batches(len(unit), config.embed.batch_size):
+    for rows in _batches(len(unit), batch_size):
         batch = unit[rows]
         if encoder.reads == "images":
             pooled_BE, tokens_BTD = _encode_pictures(store, encoder, batch)

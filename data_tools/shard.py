@@ -30,6 +30,7 @@ from dist_decoder.config.base import fingerprint
 from dist_decoder.config.data import DataConfig, ShardConfig
 from dist_decoder.config.progress import Progress, progress
 from dist_decoder.encoders import open_encoder
+from dist_decoder.encoders.vae import VaeEncoder
 from dist_decoder.errors import ConfigError, DataError
 from dist_decoder.formats import (
     MANIFEST_NAME,
@@ -61,6 +62,8 @@ class _Plan:
     split: Split
     config: DataConfig
     embeddings: EmbeddingStore
+    latents: EmbeddingStore | None
+    """Of the VAE; None without ``low_level``."""
     datasets: tuple[str, ...]
     recipe: str
 
@@ -119,8 +122,12 @@ def _make_plan(config: DataConfig) -> _Plan:
     if config.shard.public:
         _refuse_private(store, datasets)
     embeddings = store.embeddings(open_encoder(config.embed).id)
-    recipe = fingerprint(_inputs(store, split, config, embeddings, datasets))
-    return _Plan(store, split, config, embeddings, datasets, recipe)
+    inputs = _inputs(store, split, config, embeddings, datasets)
+    latents = None
+    if config.low_level is not None:
+        latents = store.embeddings(VaeEncoder(config.low_level).id)
+        inputs["low_level"] = latents.encoder_id
+    return _Plan(store, split, config, embeddings, latents, datasets, fingerprint(inputs))
 
 
 def _refuse_private(store: Store, datasets: tuple[str, ...]) -> None:
@@ -237,6 +244,7 @@ def _write_everything(
         subjects=subjects,
         sources=tuple(sources),
         categories=categories,
+        low_level=None if plan.latents is None else plan.latents.encoder_id,
         average_trials=plan.config.shard.average_trials,
         average_test_trials=plan.config.shard.average_test_trials,
         notes=_notes(plan.config),
@@ -283,7 +291,9 @@ def _write_source(
         images = source.images[start : start + size]
         entry = journal.intact(name)
         if entry is None:
-            samples = source_samples(source, images, start, plan.embeddings, plan.config)
+            samples = source_samples(
+                source, images, start, plan.embeddings, plan.config, plan.latents
+            )
             entry = write_shard(folder, name, samples)
             journal.add(entry)
         counter.advance(len(images))

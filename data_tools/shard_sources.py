@@ -20,7 +20,7 @@ from data_tools.synthetic_store import read_synthetic
 from data_tools.tar_shard import Sample
 from dist_decoder.config.data import DataConfig
 from dist_decoder.errors import DataError, SplitError
-from dist_decoder.formats import RowInfo, SampleInfo, SplitName
+from dist_decoder.formats import LATENT_SHAPE, RowInfo, SampleInfo, SplitName
 from dist_decoder.manifest import document_bytes, encode_npy
 from dist_decoder.rng import key64
 
@@ -144,6 +144,7 @@ def source_samples(
     first: int,
     embeddings: EmbeddingStore,
     config: DataConfig,
+    latents: EmbeddingStore | None = None,
 ) -> Iterator[Sample]:
     """Yield the samples of some images of a source.
 
@@ -153,7 +154,9 @@ def source_samples(
         first: position of the first one in the source; keys count from it.
         embeddings: of the frozen encoder.
         config: dtypes.
+        latents: of the VAE, if the shards hold them.
     """
+    latents_MF = None if latents is None else latents.pooled(images)
     pooled_ME = embeddings.pooled(images)
     tokens_MTD = None if embeddings.token_shape is None else embeddings.tokens(images)
     dtype = config.shard.token_dtype
@@ -173,6 +176,9 @@ def source_samples(
         members = [("json", document_bytes(info)), ("pooled.npy", encode_npy(pooled_ME[number]))]
         if tokens_MTD is not None:
             members.append(("tokens.npy", encode_npy(tokens_MTD[number].astype(dtype))))
+        if latents_MF is not None:
+            latent_CHW = latents_MF[number].reshape(LATENT_SHAPE).astype(np.float16)
+            members.append(("latent.npy", encode_npy(latent_CHW)))
         for subject, rows in by_subject.items():
             members.append((f"{subject}.voxels.npy", encode_npy(rows.voxels_RV)))
         sessions = {

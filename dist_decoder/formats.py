@@ -7,6 +7,7 @@ one source:
     <key>.json                  image_uid, dataset, split, categories, provenance (see SampleInfo)
     <key>.pooled.npy            (E,) raw pooled embedding of the frozen encoder
     <key>.tokens.npy            (T, D) raw tokens of the frozen encoder
+    <key>.latent.npy            (4, 28, 28) VAE latents, if the shards were made with low_level
     <key>.<subject>.voxels.npy  (R, V) normalised responses, one row per visit
 
 ``<subject>`` is the name without the dataset (``subj01``), so that any WebDataset client can
@@ -22,6 +23,9 @@ from dist_decoder.config.base import Section
 MANIFEST_NAME = "manifest.json"
 TARGETS_NAME = "targets.npz"
 FORMAT_VERSION = 1
+
+LATENT_SHAPE = (4, 28, 28)
+"""(C, H, W) of the VAE latents of a picture of 224 pixels, divided by 8."""
 
 SplitName = Literal["train", "validation", "test", "imagery"]
 
@@ -153,6 +157,8 @@ class Manifest(Section):
     sources: tuple[SourceEntry, ...]
     categories: dict[str, tuple[str, ...]] = {}
     """Per dataset, all category names, sorted."""
+    low_level: str | None = None
+    """Id of the VAE behind the ``latent.npy`` members; None: there are none."""
     average_trials: bool = False
     """True: the rows of an image were averaged within a subject."""
     average_test_trials: bool = False

@@ -201,6 +201,15 @@ class EncoderConfig(Section):
     device: str = "auto"
 
 
+class LowLevelConfig(Section):
+    """Latents of a VAE, for MindEye2's low-level branch (loss.low_level_l1)."""
+
+    vae: Path
+    """Folder of an AutoencoderKL in diffusers' layout: config.json and safetensors."""
+    batch_size: PositiveInt = 16
+    device: str = "auto"
+
+
 class SynthesiseConfig(Section):
     """Synthetic responses by per-subject ridge encoding models."""
 
@@ -260,6 +269,8 @@ class DataConfig(Section):
     check: CheckConfig = CheckConfig()
     split: SplitConfig = SplitConfig()
     embed: EncoderConfig = EncoderConfig()
+    low_level: LowLevelConfig | None = None
+    """Present: ``embed`` makes VAE latents too, and ``shard`` puts them into the tars."""
     synthesise: SynthesiseConfig = SynthesiseConfig()
     shard: ShardConfig = ShardConfig()
     shards_name: str = "shards"

@@ -137,8 +137,12 @@ class ClassLossConfig(Section):
     """Latents that the triplet alignment remembers."""
     memory_minimum: Annotated[int, Field(ge=0)] = 512
     """It begins when so many are remembered."""
-    relational_memory: PositiveInt = 512
-    """Predicted token sets that the relational consistency remembers."""
+    relational_memory: PositiveInt = 1024
+    """Images whose predicted tokens the relational consistency remembers; one session of NSD has
+    536 training images."""
+    relational_momentum: Fraction = 0.9
+    """How much of an image's remembered tokens stays at its next visit; 0 keeps the last visit
+    (Duala: 0.9)."""
     min_members: PositiveInt = 3
     """A class with fewer samples has no prototype."""
     perturbed_prob: Fraction = 0.0
@@ -178,6 +182,11 @@ class LossConfig(Section):
     """Of the low-level contrastive loss."""
     mixing: MixingConfig = MixingConfig()
     classes: ClassLossConfig = ClassLossConfig()
+
+    @property
+    def trains_projector(self) -> bool:
+        """Whether a term with a weight sees the projected tokens."""
+        return any((self.token_contrastive, self.bimixco, self.softclip, self.relational))
 
 
 class OptimConfig(Section):
@@ -339,6 +348,9 @@ class ClassStatisticsConfig(Section):
     """Folder or object-store URL of the shards; their categories are the classes."""
     output: Path
     """Folder that is written."""
+    min_images: PositiveInt = 1
+    """A class with fewer training images, over all source subjects, is left out: its prototype
+    would be the noise of a few scans."""
     min_reliability: float = 0.2
     """Refuse class similarities whose two halves (of the images) correlate less, mean over
     subjects."""

@@ -23,7 +23,7 @@ from dist_decoder.data.order import Order, own_positions, wanted_kinds
 from dist_decoder.data.samples import open_samples
 from dist_decoder.data.sources import choose_subjects, read_indexes, wanted_entries
 from dist_decoder.data.tar_reader import TarReader
-from dist_decoder.data.targets import image_ids, read_targets
+from dist_decoder.data.targets import TargetStatistics, image_ids, read_targets
 from dist_decoder.formats import SplitName
 from dist_decoder.manifest import read_manifest
 from dist_decoder.storage import open_location
@@ -44,6 +44,7 @@ class Loader:
         subjects: instead of ``config.subjects``.
         allow_holdout: accept held-out subjects that are named; adaptation does.
         targets: which targets the batches carry; tokens that nobody needs are not read.
+        standardise_by: statistics of a base model, instead of those of the shards.
 
     Raises:
         ConfigError: see ``Order``.
@@ -61,12 +62,13 @@ class Loader:
         subjects: Sequence[str] | None = None,
         allow_holdout: bool = False,
         targets: Sequence[TargetName] = ("pooled", "tokens"),
+        standardise_by: TargetStatistics | None = None,
     ) -> None:
         if subjects is not None:
             config = config.model_copy(update={"subjects": tuple(subjects)})
         storage = open_location(config.shards)
         self.manifest = read_manifest(storage)
-        self.target_statistics = read_targets(storage, self.manifest)
+        self.target_statistics = standardise_by or read_targets(storage, self.manifest)
         chosen = choose_subjects(self.manifest, config.datasets, config.subjects, allow_holdout)
         kinds = wanted_kinds(config.synthetic_prob)
         entries = wanted_entries(self.manifest, chosen, splits, kinds)
@@ -126,6 +128,8 @@ class Loader:
         visits = self.order.visits(step, self._positions)
         gathered = self._samples.gather(visits)
         sample_B = (self._first_sample[visits.shard_B] + visits.sample_B).tolist()
+        latent_BCHW = gathered.latent_BCHW
+        low_level = {} if latent_BCHW is None else {"low_level": latent_BCHW}
         keys = zip(sample_B, visits.row_B.tolist(), strict=True)
         return Batch(
             step=step,
@@ -139,6 +143,7 @@ class Loader:
             keys=tuple(f"{self._keys[sample]}:{row}" for sample, row in keys),
             pooled_BE=gathered.pooled_BE,
             tokens_BTD=gathered.tokens_BTD,
+            low_level=low_level,
         )
 
     def _from_workers(self) -> Batch:

@@ -17,10 +17,11 @@ from dist_decoder.data.order import Visits, groups
 from dist_decoder.data.sources import Shard, Source
 from dist_decoder.data.tar_reader import TarReader, Wanted, checked_array
 from dist_decoder.data.targets import TargetStatistics
-from dist_decoder.formats import Manifest
+from dist_decoder.errors import DataError
+from dist_decoder.formats import LATENT_SHAPE, Manifest
 
-TargetName = Literal["pooled", "tokens"]
-POOLED, TOKENS = "pooled.npy", "tokens.npy"
+TargetName = Literal["pooled", "tokens", "low_level"]
+POOLED, TOKENS, LATENT = "pooled.npy", "tokens.npy", "latent.npy"
 _OWN_PART = 0.8
 """An array that is a smaller part of the bytes it was read with is copied before it is kept."""
 
@@ -53,6 +54,13 @@ class Members:
             self.shapes[TOKENS] = manifest.encoder.token_shape
             mean_TD = torch.from_numpy(targets.tokens_mean_TD)
             self._means[TOKENS] = (mean_TD, targets.tokens_scale)
+        if "low_level" in wanted:
+            if manifest.low_level is None:
+                raise DataError(
+                    "a low-level loss is on, but these shards hold no VAE latents: embed and shard "
+                    "with low_level.vae=FOLDER, or set loss.low_level_l1=0"
+                )
+            self.shapes[LATENT] = LATENT_SHAPE
         self._subjects = sorted({source.subject for source in sources})
         self._subject_of_source = np.array(
             [self._subjects.index(source.subject) for source in sources], np.int64
@@ -89,7 +97,9 @@ class Members:
         return checked_array(found[item], self.shape(item, shard), shard, item)
 
     def standardise_(self, values: Tensor, extension: str) -> Tensor:
-        """Standardise raw float32 targets in place and return them."""
+        """Standardise raw float32 targets in place and return them; latents stay as they are."""
+        if extension not in self._means:
+            return values
         mean, scale = self._means[extension]
         return values.sub_(mean).div_(scale)
 

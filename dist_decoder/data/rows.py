@@ -124,6 +124,7 @@ def read_rows(
     allow_holdout: bool = False,
     kind: Kind = "measured",
     tokens: bool = True,
+    standardise_by: TargetStatistics | None = None,
 ) -> dict[str, SubjectRows]:
     """Return all rows of a split by dataset/subject, sorted by shard, sample and row.
 
@@ -137,13 +138,14 @@ def read_rows(
             ``imagery`` need no permission: nothing is trained on them.
         kind: measured or synthetic rows.
         tokens: read the tokens too.
+        standardise_by: statistics of a base model, instead of those of the shards.
 
     Raises:
         ConfigError: an unknown or held-out subject, or an unknown dataset.
         DataError: shards are missing or damaged, or a named subject has no rows.
     """
     found = iterate_rows(
-        shards, split, subjects, max_sessions, datasets, allow_holdout, kind, tokens
+        shards, split, subjects, max_sessions, datasets, allow_holdout, kind, tokens, standardise_by
     )
     return {rows.subject: rows for rows in found}
 
@@ -157,11 +159,12 @@ def iterate_rows(
     allow_holdout: bool = False,
     kind: Kind = "measured",
     tokens: bool = True,
+    standardise_by: TargetStatistics | None = None,
 ) -> Iterator[SubjectRows]:
     """Yield what ``read_rows`` returns, one subject in memory at a time."""
     storage = open_location(shards)
     manifest = read_manifest(storage)
-    statistics = read_targets(storage, manifest)
+    statistics = standardise_by or read_targets(storage, manifest)
     permitted = allow_holdout or split in EVALUATION_SPLITS
     chosen = choose_subjects(manifest, datasets, subjects, permitted)
     indexes = read_indexes(storage, wanted_entries(manifest, chosen, (split,), (kind,)))

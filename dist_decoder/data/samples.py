@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_decoder.data.members import POOLED, TOKENS, Members
+from dist_decoder.data.members import LATENT, POOLED, TOKENS, Members
 from dist_decoder.data.order import Visits
 from dist_decoder.data.recycled import Recycled
 from dist_decoder.data.sources import Shard, voxel_member
@@ -25,10 +25,11 @@ from dist_decoder.data.tar_reader import Wanted
 
 @dataclass(frozen=True)
 class Gathered:
-    """The numbers of some visits; targets are standardised."""
+    """The numbers of some visits; targets are standardised, but for the VAE latents."""
 
     pooled_BE: Tensor | None
     tokens_BTD: Tensor | None
+    latent_BCHW: Tensor | None
     voxels: dict[str, Tensor]
     """dataset/subject -> (b, V) float32."""
     rows: dict[str, Tensor]
@@ -134,7 +135,7 @@ class ResidentSamples:
             responses_bV = torch.from_numpy(self._arrays[subject])
             voxels[subject] = responses_bV.index_select(0, torch.from_numpy(row_b)).float()
             rows[subject] = torch.from_numpy(here)
-        return Gathered(targets.get(POOLED), targets.get(TOKENS), voxels, rows)
+        return Gathered(targets.get(POOLED), targets.get(TOKENS), targets.get(LATENT), voxels, rows)
 
     def _load(self, index: int) -> None:
         with self._locks[index]:
@@ -202,7 +203,7 @@ class StreamedSamples:
                 responses_bV[place] = responses_RV[visits.row_B[position]]
             voxels[subject] = torch.from_numpy(responses_bV)
             rows[subject] = torch.from_numpy(here)
-        return Gathered(targets.get(POOLED), targets.get(TOKENS), voxels, rows)
+        return Gathered(targets.get(POOLED), targets.get(TOKENS), targets.get(LATENT), voxels, rows)
 
     def _fetch(
         self, visits: Visits, of_subject: dict[str, NDArray[np.int64]]
