@@ -64,6 +64,8 @@ class CheckpointDocument(Section):
     ema: bool
     base: BaseInfo | None = None
     lora: LoraConfig | None = None
+    trackers: dict[str, str] = {}
+    """Run ids of the trackers that have such."""
 
 
 @dataclass(frozen=True)
