@@ -56,7 +56,9 @@ class Watchdog:
         self._beat_s = min(_LONGEST_BEAT_S, config.notice_s / _BEATS_PER_NOTICE)
         self._main = threading.main_thread().ident
         self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._exchanged = time.monotonic()
+        self._store_error = ""
         self._where = (0, "setup", time.monotonic())
         self._waits_since: float | None = None
         self.say: Callable[[str], None] = _to_stderr
@@ -64,14 +66,17 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._world.size > 1:
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+            self._exchanged = time.monotonic()
+            for target in (self._watch, self._oversee):
+                self._threads.append(threading.Thread(target=target, daemon=True))
+                self._threads[-1].start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
-        if self._thread is not None:
-            self._thread.join(timeout=self._config.silent_s)
+        for thread in self._threads:
+            # Not for ever: the store may have ended with rank 0.
+            thread.join(timeout=_LONGEST_BEAT_S)
 
     def enter(self, step: int, phase: str) -> None:
         """Say what the main thread does from now on."""
@@ -79,22 +84,34 @@ class Watchdog:
 
     def _watch(self) -> None:
         judge = Judge(self._world.size, self._config)
-        beat, failing_since = 0, None
+        beat = 0
         store: torch_dist.Store | None = None
         while not self._closing.wait(self._beat_s if beat else 0):
             beat += 1
             try:
                 store = store or self._connect()
                 self._exchange(store, judge, self._sign(beat))
-                failing_since = None
+                self._exchanged = time.monotonic()
             # The classes that store calls raise differ between versions; all are RuntimeError.
             except RuntimeError as error:
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() - failing_since > self._config.silent_s:
-                    self._end(_store_lost(self._world.rank, self._config.silent_s, error))
+                self._store_error = f" ({(str(error).splitlines() or [''])[0]})"
                 store = None
         if store is not None:
             self._leave(store)
+
+    def _oversee(self) -> None:
+        # A call to the store of a stopped process never returns: only another thread can tell.
+        while not self._closing.wait(self._beat_s):
+            if time.monotonic() - self._exchanged > self._config.silent_s:
+                self._end(
+                    Verdict(
+                        (0,),
+                        f"rank {self._world.rank} has not reached rank 0, where the ranks meet, "
+                        f"for {self._config.silent_s:g} s: it is dead, stopped, or its machine is "
+                        f"gone{self._store_error}; the same command goes on from the last "
+                        "checkpoint",
+                    )
+                )
 
     def _connect(self) -> torch_dist.Store:
         # A connection of its own: a wait of the main thread must not hold the heartbeat up.
@@ -151,15 +168,6 @@ class Watchdog:
         note_failure(LateRankError.exit_code)
         _to_stderr(f"error: {verdict.text}; stacks of all threads of rank {rank} stand above")
         os._exit(LateRankError.exit_code)
-
-
-def _store_lost(rank: int, silent_s: float, error: RuntimeError) -> Verdict:
-    first_line = (str(error).splitlines() or [""])[0]
-    return Verdict(
-        (0,),
-        f"rank {rank} has not reached rank 0, where the ranks meet, for {silent_s:g} s: it is dead "
-        f"or its machine is gone ({first_line}); the same command goes on from the last checkpoint",
-    )
 
 
 def _waits(frame: FrameType | None) -> bool:
