@@ -1,7 +1,8 @@
-"""DeepSpeed around the decoder: ZeRO 0-3, fp32 or bf16, CPU or GPU, from our configuration.
+"""The decoder in training: its middle under DeepSpeed's ZeRO 0-3, its ends cut over the ranks.
 
 DeepSpeed partitions masters and optimizer state differently at every stage; ``Engine`` reads and
-writes them by parameter name in one canonical form.
+writes them by parameter name in one canonical form. The ends are no part of what DeepSpeed sees:
+it would overwrite every rank's part with that of rank 0.
 """
 
 from __future__ import annotations
@@ -19,11 +20,9 @@ from dist_decoder.config.train import EngineConfig, OptimConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import CheckpointError
 from dist_decoder.nn.decoder import Decoder
-from dist_decoder.train.optimizer import (
-    AveragingAdamW,
-    make_optimizer,
-    set_schedule,
-)
+from dist_decoder.train.ends import PREFIX as ENDS_PREFIX
+from dist_decoder.train.ends import ShardedEnds, clip_factor
+from dist_decoder.train.optimizer import AveragingAdamW, make_optimizer, set_schedule
 
 _BUCKET_ELEMENTS = 50_000_000
 """Elements per reduction; stages 1-3 hold one buffer of this size."""
@@ -34,18 +33,18 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, world_size: int) 
     """Return the DeepSpeed JSON that follows from our configuration.
 
     The batch sizes in it only satisfy DeepSpeed's checks: losses are already means over the
-    global batch. At stage 0 in fp32 clipping happens in ``Engine``, because DeepSpeed does not
-    give the norm back there.
+    global batch. At stage 0 clipping happens in ``Engine``, because DeepSpeed has no norm there
+    that could be replaced by the norm over middle and ends.
     """
-    by_us = engine.zero_stage == 0 and engine.precision == "fp32"
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": world_size,
         "steps_per_print": _NEVER,
         "wall_clock_breakdown": False,
-        "gradient_clipping": 0.0 if by_us else optim.clip_norm,
-        "bf16": {"enabled": engine.precision == "bf16"},
+        "gradient_clipping": 0.0 if engine.zero_stage == 0 else optim.clip_norm,
+        # Otherwise bf16 steps on gradients that are not finite.
+        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": True},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": engine.zero_stage,
@@ -66,31 +65,37 @@ class Engine:
         self, decoder: Decoder, engine: EngineConfig, optim: OptimConfig, world: World
     ) -> None:
         """Hand the decoder over. Its weights must have their start values, in float32."""
-        deepspeed = _import_deepspeed(world.device)
         self.world = world
         self.config = engine
         self.optim = optim
+        self.decoder = decoder
         self.names = [name for name, p in decoder.named_parameters() if p.requires_grad]
+        dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+        self.ends = ShardedEnds(decoder, optim, world, dtype)
+        self._parameters = {
+            name: p
+            for name, p in decoder.named_parameters()
+            if p.requires_grad and not name.startswith(ENDS_PREFIX)
+        }
+        self.deepspeed: Any = None
+        if not self._parameters:
+            decoder.middle.to(dtype)
+            return
         exact = {}
         if engine.precision == "bf16":
-            exact = {name: p.detach().clone() for name, p in decoder.named_parameters()}
-        optimizer = make_optimizer(decoder, optim)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=decoder,
-            optimizer=optimizer,
+            exact = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self.deepspeed, *_ = _import_deepspeed(world.device).initialize(
+            model=decoder.middle,
+            optimizer=make_optimizer(decoder.middle, optim, "middle."),
             config=deepspeed_config(engine, optim, world.size),
             dist_init_required=False,
         )
-        self.decoder = decoder
-        self._parameters = {
-            name: p for name, p in decoder.named_parameters() if name in set(self.names)
-        }
         self._masters = self._whole_masters()
         self._start(exact)
 
     @property
     def optimizer(self) -> AveragingAdamW:
-        """The innermost optimizer."""
+        """The innermost optimizer of the middle."""
         outer = self.deepspeed.optimizer
         return outer if isinstance(outer, AveragingAdamW) else outer.optimizer
 
@@ -101,7 +106,7 @@ class Engine:
         return (*kinds, "ema") if self.optim.ema_decay > 0 else kinds
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return self.deepspeed(*args, **kwargs)
+        return self.decoder(*args, middle=self.deepspeed, **kwargs)
 
     def update(self, loss: Tensor, step: int) -> float:
         """Take one optimizer step down ``loss`` and return the global gradient norm.
@@ -111,25 +116,57 @@ class Engine:
             step: global step, 0-based; sets the learning rate.
 
         Returns:
-            The norm before clipping; not finite means that the step was not to be trusted.
+            The norm over all parameters before clipping. If it is not finite, nothing was changed.
         """
+        if self.deepspeed is None:
+            loss.backward()
+        else:
+            self.deepspeed.backward(loss)
+        norm = math.sqrt(self.ends.square_norm() + self._middle_norm() ** 2)
+        self.ends.update(norm, step)
+        self._update_middle(norm, step)
+        return norm
+
+    def _middle_norm(self) -> float:
+        """Return the norm of the middle's averaged gradient, NaN if it is not finite."""
+        if self.deepspeed is None:
+            return 0.0
+        outer = self.deepspeed.optimizer
+        if self.config.zero_stage == 0:
+            grads = [p.grad.float() for p in self._parameters.values() if p.grad is not None]
+            return float(torch.nn.utils.get_total_norm(grads))
+        # Not public; a test keeps that clipping sees both sides at every stage.
+        if self.config.zero_stage == 3:
+            norms = type(outer)._get_norm_groups(outer)
+            found = torch.stack([torch.as_tensor(norm).float() for norm in norms])
+            return math.nan if bool((found < 0).any()) else float(found.norm())
+        norm = float(type(outer).scaled_global_norm(outer))
+        return math.nan if norm < 0 else norm
+
+    def _update_middle(self, norm: float, step: int) -> None:
+        if self.deepspeed is None:
+            return
         set_schedule(self.optimizer.param_groups, self.optim, step)
-        self.deepspeed.backward(loss)
-        if isinstance(self.deepspeed.optimizer, AveragingAdamW):
-            limit = self.optim.clip_norm or math.inf
-            norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit))
-            if not math.isfinite(norm):
+        outer, finite = self.deepspeed.optimizer, math.isfinite(norm)
+        if self.config.zero_stage == 0:
+            if not finite:
                 self.deepspeed.zero_grad()
-                return norm
-            self.deepspeed.step()
-            return norm
+                return
+            factor = clip_factor(norm, self.optim.clip_norm)
+            for parameter in self._parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        else:
+            # DeepSpeed clips by the norm of what it sees; -1 is its word for not finite.
+            joint = torch.tensor(norm if finite else -1.0, device=self.world.device)
+            outer.scaled_global_norm = lambda norm_type=2: joint
+            outer._get_norm_groups = lambda: [joint]
         self.deepspeed.step()
-        if getattr(self.deepspeed.optimizer, "overflow", False):
-            return math.nan
-        return float(self.deepspeed.get_global_grad_norm())
 
     def read(self, name: str) -> dict[str, Tensor]:
         """Return the whole float32 tensors of a trainable parameter by kind. A collective call."""
+        if name.startswith(ENDS_PREFIX):
+            return {kind: self.ends.read(name, kind) for kind in self.state_kinds}
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self._parameters[name]
@@ -154,9 +191,12 @@ class Engine:
         Raises:
             CheckpointError: a trainable parameter or a kind of state is absent.
         """
+        self.ends.restore(states, step)
+        if self.deepspeed is None:
+            return
         self.optimizer.start_state(self._flat_masters(), step)
         self._link()
-        for name in self.names:
+        for name in self._parameters:
             for kind in self.state_kinds:
                 if name not in states or kind not in states[name]:
                     raise CheckpointError(f"the checkpoint has no {kind} of {name}")
@@ -164,7 +204,8 @@ class Engine:
 
     def close(self) -> None:
         """Take DeepSpeed's hooks down; without this a rank on CPU may abort while it exits."""
-        self.deepspeed.destroy()
+        if self.deepspeed is not None:
+            self.deepspeed.destroy()
 
     def _start(self, exact: dict[str, Tensor]) -> None:
         # bf16 masters were made from rounded weights: give them the exact ones.

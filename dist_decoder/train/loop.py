@@ -29,7 +29,7 @@ from dist_decoder.data.members import TargetName
 from dist_decoder.data.order import own_positions
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.dist import World, any_rank, broadcast_object, sum_over_ranks
-from dist_decoder.errors import CheckpointError, ConfigError, StoppedError, TrainingError
+from dist_decoder.errors import CheckpointError, StoppedError, TrainingError
 from dist_decoder.losses.objective import Losses, Term, active_terms
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import atomic_write_json
@@ -135,12 +135,6 @@ class _Run:
             len(own_positions(job.data.batch_size, rank, world.size)) for rank in range(world.size)
         )
         self.plan = Plan(tuple(counts))
-        if min(self.plan.counts) == 0:
-            # An empty backward pass may abort a rank without a word.
-            raise ConfigError(
-                f"data.batch_size {job.data.batch_size} leaves a rank of {world.size} without "
-                "samples: raise it to at least the number of ranks, or start fewer ranks"
-            )
         self.unused = job.decoder.train_only_for(job.loss)
         self.step, state = self._resume()
         # Validation predicts with a copy: at ZeRO stage 3 the trained one is in pieces.
@@ -296,10 +290,10 @@ class _Run:
         if self.world.is_first:
             own |= target_tensors(self.job.targets)
             own |= {_SKIPPED: {"memory": torch.tensor(float(self.skipped))}}
-            if self.job.classes is not None:
-                own |= self.job.classes.state()
             if self.job.save_frozen:
                 own |= {name: {"frozen": value} for name, value in self.frozen.items()}
+        if self.job.classes is not None:
+            own |= self.job.classes.state(self.world)
         document = self.job.document.model_copy(update={"step": self.step})
         written = document.model_dump(mode="json")
         write_state(folder, self.step, own, written, self.world)
@@ -347,7 +341,7 @@ class _Run:
         load_weights(self.job.decoder, weights, folder, only=names)
         self.skipped = int(state[_SKIPPED]["memory"]) if _SKIPPED in state else 0
         if self.job.classes is not None:
-            self.job.classes.load(state)
+            self.job.classes.load(state, self.world)
         return document.step, state
 
     def _announce(self, logs: Logs) -> None:
