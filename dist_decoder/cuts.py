@@ -99,7 +99,11 @@ class Cuts:
         return _apply(_SumParts, part)
 
     def gather_voxels(
-        self, voxels: Mapping[str, Tensor], rows: Mapping[str, Tensor], widths: Mapping[str, int]
+        self,
+        voxels: Mapping[str, Tensor],
+        rows: Mapping[str, Tensor],
+        widths: Mapping[str, int],
+        dtype: torch.dtype,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return voxels and places in the global batch of all ranks' samples, without gradient.
 
@@ -107,11 +111,11 @@ class Cuts:
             voxels: subject -> (b, V) of this rank's samples; absent subjects may be left out.
             rows: subject -> (b,) places among this rank's samples.
             widths: subject -> V of every subject of the model, the same on every rank.
+            dtype: in which voxels travel and arrive.
         """
         if self.world.size == 1:
-            return dict(voxels), dict(rows)
+            return {name: value.to(dtype) for name, value in voxels.items()}, dict(rows)
         names = sorted(widths)
-        any_voxels = next(iter(voxels.values()), torch.zeros(0, device=self.world.device))
         subject_b = torch.zeros(self.own_size, dtype=torch.int64, device=self.world.device)
         for index, name in enumerate(names):
             if name in voxels:
@@ -127,10 +131,11 @@ class Cuts:
         sizes = [sum(len(own) * widths[name] for name, own in held.items()) for held in places]
         # Rows travel in the order of the batch, whatever ``rows`` says.
         own_flat = [
-            voxels[name][torch.argsort(rows[name])].flatten()
+            voxels[name].to(dtype)[torch.argsort(rows[name])].flatten()
             for name in sorted(places[self.world.rank])
         ]
-        flat = torch.cat(own_flat) if own_flat else any_voxels.new_zeros(0)
+        nothing = torch.zeros(0, dtype=dtype, device=self.world.device)
+        flat = torch.cat([nothing, *own_flat])
         received = gather_rows(flat.detach(), sizes)
         all_voxels: dict[str, list[Tensor]] = {}
         all_rows: dict[str, list[int]] = {}

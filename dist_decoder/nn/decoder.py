@@ -64,8 +64,7 @@ class Ends(nn.Module):
         Every rank computes its latents for the voxels of all ranks: each touches every subject.
         """
         dtype = next(self.ridge.parameters()).dtype
-        narrow = {name: value.to(dtype) for name, value in voxels.items()}
-        voxels, rows = cuts.gather_voxels(narrow, rows, self.ridge.num_voxels)
+        voxels, rows = cuts.gather_voxels(voxels, rows, self.ridge.num_voxels, dtype)
         size, width = cuts.global_size, self.ridge.latent_dim
         linear = cuts.to_own(self.ridge(voxels, rows, size), width)
         if self.skip is None:

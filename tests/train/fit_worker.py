@@ -1,4 +1,7 @@
-"""One rank of a training run on made-up data: ``fit_worker.py FOLDER JSON``."""
+"""One rank of a training run on made-up data: ``fit_worker.py FOLDER JSON``.
+
+Leaves ``held-RANK.json``: how many elements of what this rank held at the end.
+"""
 
 import json
 import sys
@@ -9,7 +12,24 @@ from made_job import made_job
 
 from dist_decoder import dist
 from dist_decoder.config.train import EngineConfig
-from dist_decoder.train.loop import fit
+from dist_decoder.train import loop
+from dist_decoder.train.engine import Engine
+
+
+class Counting(Engine):
+    """Says what it holds before it goes."""
+
+    def close(self) -> None:
+        middle = list(self.decoder.middle.parameters())
+        held = {
+            "ends": sum(p.numel() for p in self.decoder.ends.parameters()),
+            "ends_moments": sum(m.numel() for m in self.ends.masters.values()),
+            "middle_moments": sum(s["exp_avg"].numel() for s in self.optimizer.state.values()),
+            "middle": sum(getattr(p, "ds_tensor", p).numel() for p in middle),
+        }
+        (Path(sys.argv[1]) / f"held-{self.world.rank}.json").write_text(json.dumps(held))
+        super().close()
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -17,6 +37,7 @@ if __name__ == "__main__":
     engine = EngineConfig(device="cpu", **options.pop("engine", {}))
     world = dist.start("cpu", timeout_s=60)
     try:
-        fit(made_job(Path(sys.argv[1]), world, engine=engine, **options), world)
+        loop.Engine = Counting  # type: ignore[misc]
+        loop.fit(made_job(Path(sys.argv[1]), world, engine=engine, **options), world)
     finally:
         dist.stop()
