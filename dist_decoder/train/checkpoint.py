@@ -60,8 +60,6 @@ class Progress(Section):
     """Steps whose loss was not finite; the optimizer has made so many updates less."""
     loss_scaler: dict[str, float] = {}
     """Of dynamic loss scaling; empty without it."""
-    trackers: dict[str, str] = {}
-    """Tracker -> id of the run there, so that a continuation goes on in the same one."""
 
 
 class CheckpointDocument(Section):

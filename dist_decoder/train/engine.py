@@ -64,7 +64,7 @@ class Engine:
         self, decoder: Decoder, engine: EngineConfig, optim: OptimConfig, world: World
     ) -> None:
         """Hand the decoder over. Its weights must have their start values, in float32."""
-        deepspeed = _import_deepspeed(world.device)
+        deepspeed = import_deepspeed(world.device)
         self.world = world
         self.config = engine
         self.optim = optim
@@ -187,7 +187,7 @@ class Engine:
                 values_n.copy_(whole.narrow(0, fragment.start, values_n.numel()))
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed quietly and without its just-in-time C++ build."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
