@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dist_decoder import dist
-from dist_decoder.config.train import AdaptConfig, LossConfig, SourcesConfig
+from dist_decoder.config.train import AdaptConfig, CheckpointConfig, LossConfig, SourcesConfig
 from dist_decoder.data.loader import Loader
 from dist_decoder.data.members import TargetName
 from dist_decoder.data.sources import choose_subjects
@@ -27,7 +27,6 @@ from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.lora import add_lora
 from dist_decoder.stats.classes import ClassStatistics, read_statistics
 from dist_decoder.storage import exclusive, open_location
-from dist_decoder.train.canonical import checkpoints_of
 from dist_decoder.train.checkpoint import (
     BaseInfo,
     CheckpointDocument,
@@ -40,6 +39,7 @@ from dist_decoder.train.checkpoint import (
 from dist_decoder.train.class_terms import class_terms
 from dist_decoder.train.joint import subject_infos
 from dist_decoder.train.loop import Job, fit
+from dist_decoder.train.places import checkpoints_of
 from dist_decoder.train.rows import subject_rows, subjects_with_rows, validation_of
 from dist_decoder.train.run_folder import (
     METRICS_NAME,
@@ -180,7 +180,7 @@ def _job(
         config_fingerprint=config_fingerprint(config),
         config=config.model_dump(mode="json"),
         ema=config.optim.ema_decay > 0,
-        base=_base_info(config.run, base) if from_base else None,
+        base=_base_info(config, base) if from_base else None,
         lora=config.adapters if from_base else None,
     )
     decoder = _start_model(config, document, data, base, folder, world)
@@ -212,7 +212,7 @@ def _job(
         loss=loss,
         optim=config.optim.model_copy(update={"lr": rate}),
         engine=config.engine,
-        checkpoint=config.checkpoint,
+        checkpoint=_checkpoints_of_rate(config, folder.name),
         log=config.log,
         save_frozen=not from_base,
         classes=classes,
@@ -268,9 +268,22 @@ def _statistics(
     return statistics
 
 
-def _base_info(run: Path, base: CheckpointMeta) -> BaseInfo:
-    path = os.path.relpath(base.folder.resolve(), run.resolve())
+def _base_info(config: AdaptConfig, base: CheckpointMeta) -> BaseInfo:
+    if not isinstance(base.folder, Path):
+        path = base.folder
+    elif config.checkpoint.location is not None:
+        # From another place a path relative to the run leads nowhere.
+        path = str(base.folder.resolve())
+    else:
+        path = os.path.relpath(base.folder.resolve(), config.run.resolve())
     return BaseInfo(fingerprint=base.fingerprint, path=path)
+
+
+def _checkpoints_of_rate(config: AdaptConfig, name: str) -> CheckpointConfig:
+    location = config.checkpoint.location
+    if location is None:
+        return config.checkpoint
+    return config.checkpoint.model_copy(update={"location": f"{location.rstrip('/')}/{name}"})
 
 
 def _publish(run: Path, chosen: Path) -> None:

@@ -227,6 +227,21 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt = 1000
     keep_last: PositiveInt = 2
+    """The newest that stay."""
+    keep_best: str | None = None
+    """A validation score by its name in metrics.jsonl (validation/nsd/pooled_mrr): the checkpoint
+    with the highest one stays too, and a step that beats it is saved. Needs
+    log.validate_every_steps."""
+    location: str | None = None
+    """Folder or object-store URL for the checkpoints; None keeps them in the run folder. The run
+    folder then holds a pointer, which every command follows."""
+    asynchronous: bool = True
+    """Training goes on while the files are written, from a copy in CPU memory that is as large as
+    the rank's part of the state. False writes without the copy and waits."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What happens when a checkpoint cannot be written (disk full): stop ends the run; continue
+    says so and tries again at the next one. The last good checkpoint stays either way, and the
+    last save of a run must succeed."""
 
 
 class LogConfig(Section):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from dist_decoder.config.train import OptimConfig
 from dist_decoder.cuts import chunk_of
 from dist_decoder.dist import World, gather_rows, sum_over_ranks
-from dist_decoder.errors import CheckpointError
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.train.optimizer import AveragingAdamW, make_optimizer, set_schedule
 from dist_decoder.train.slices import Read, Slice
@@ -156,24 +155,10 @@ class ShardedEnds:
         for name in self.parameters:
             for kind in self.kinds:
                 target = self._value(name, kind)
-                found = read(name, kind, self._start(name), target.numel())
-                target.copy_(found.view(target.shape))
+                if target.numel():
+                    found = read(name, kind, self._start(name), target.numel())
+                    target.copy_(found.view(target.shape))
         self._publish()
-
-    @torch.no_grad()
-    def restore(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
-        """Take over whole tensors by name and kind, as ``read`` returned them.
-
-        Raises:
-            CheckpointError: a parameter or a kind of state is absent.
-        """
-
-        def read(name: str, kind: str, start: int, count: int) -> Tensor:
-            if kind not in states.get(name, {}):
-                raise CheckpointError(f"the checkpoint has no {kind} of {name}")
-            return states[name][kind].flatten()[start : start + count]
-
-        self.load(read, step)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from dist_decoder.config.train import EngineConfig, OptimConfig
 from dist_decoder.dist import World
-from dist_decoder.errors import CheckpointError
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.train.ends import PREFIX as ENDS_PREFIX
 from dist_decoder.train.ends import ShardedEnds, clip_factor
+from dist_decoder.train.fragments import DeepSpeedState
 from dist_decoder.train.optimizer import AveragingAdamW, make_optimizer, set_schedule
+from dist_decoder.train.slices import Read, Slice
 
 _BUCKET_ELEMENTS = 50_000_000
 """Elements per reduction; stages 1-3 hold one buffer of this size."""
@@ -84,20 +86,21 @@ class Engine:
         exact = {}
         if engine.precision == "bf16":
             exact = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self.deepspeed, *_ = _import_deepspeed(world.device).initialize(
+        self.deepspeed, *_ = import_deepspeed(world.device).initialize(
             model=decoder.middle,
             optimizer=make_optimizer(decoder.middle, optim, "middle."),
             config=deepspeed_config(engine, optim, world.size),
             dist_init_required=False,
         )
-        self._masters = self._whole_masters()
+        self._state = DeepSpeedState(
+            self.deepspeed, self._parameters, engine.zero_stage, self.state_kinds, world
+        )
         self._start(exact)
 
     @property
     def optimizer(self) -> AveragingAdamW:
         """The innermost optimizer of the middle."""
-        outer = self.deepspeed.optimizer
-        return outer if isinstance(outer, AveragingAdamW) else outer.optimizer
+        return self._state.optimizer
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
@@ -170,10 +173,11 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self._parameters[name]
+        masters = self._masters
         found = {}
         for kind in self.state_kinds:
-            if name in self._masters:
-                master = self._masters[name]
+            if name in masters:
+                master = masters[name]
                 value = master if kind == "master" else self.optimizer.state[master][kind]
             elif kind == "master":
                 value = safe_get_full_fp32_param(parameter)
@@ -183,94 +187,63 @@ class Engine:
             found[kind] = value.detach().float().reshape(shape).cpu().clone()
         return found
 
-    def restore(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
-        """Set masters and optimizer state, as ``read`` returned them, after ``step`` updates.
+    def slices(self) -> Iterator[Slice]:
+        """Yield what this rank saves; over all ranks every element once. Nothing is gathered."""
+        yield from self.ends.slices()
+        if self.deepspeed is not None:
+            yield from self._state.slices()
 
-        The decoder must have been handed over with the same weights.
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all trainable parameters, whole, by name."""
+        ends = {name: self.ends.shapes[name] for name in self.ends.parameters}
+        return ends | {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self._parameters.items()
+        }
+
+    def load(self, read: Read, step: int) -> None:
+        """Go on from saved slices as they were after ``step`` updates. A collective call.
 
         Raises:
-            CheckpointError: a trainable parameter or a kind of state is absent.
+            CheckpointError: see ``read``.
         """
-        self.ends.restore(states, step)
-        if self.deepspeed is None:
-            return
-        self.optimizer.start_state(self._flat_masters(), step)
-        self._link()
-        for name in self._parameters:
-            for kind in self.state_kinds:
-                if name not in states or kind not in states[name]:
-                    raise CheckpointError(f"the checkpoint has no {kind} of {name}")
-                self._write(name, kind, states[name][kind].to(self.world.device))
+        self.ends.load(read, step)
+        if self.deepspeed is not None:
+            self._state.load(read, step)
+
+    def scaler(self) -> dict[str, float]:
+        """Return the state of a dynamic loss scaler; empty without one."""
+        return {} if self.deepspeed is None else self._state.scaler()
+
+    def load_scaler(self, state: Mapping[str, float]) -> None:
+        """Go on with a loss scaler where ``scaler`` left it."""
+        if self.deepspeed is not None:
+            self._state.load_scaler(state)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks down; without this a rank on CPU may abort while it exits."""
         if self.deepspeed is not None:
             self.deepspeed.destroy()
 
-    def _start(self, exact: dict[str, Tensor]) -> None:
-        # bf16 masters were made from rounded weights: give them the exact ones.
-        for name, value in exact.items():
-            if name in self._parameters:
-                self._write(name, "master", value.to(self.world.device))
-        self.optimizer.start_state(self._flat_masters())
-        self._link()
-
-    def _write(self, name: str, kind: str, value: Tensor) -> None:
-        from deepspeed import utils
-
-        parameter = self._parameters[name]
-        if name in self._masters:
-            master = self._masters[name]
-            target = master if kind == "master" else self.optimizer.state[master][kind]
-            target.data.copy_(value)
-            return
-        if self.config.zero_stage == 3:
-            # DeepSpeed's own cutting fails where the world size does not divide the parameter.
-            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-            flat = torch.nn.functional.pad(
-                value.flatten(), (0, size * self.world.size - value.numel())
-            )
-            own = flat.narrow(0, size * self.world.rank, size)
-            if kind == "master":
-                utils.safe_set_local_fp32_param(parameter, own)
-            else:
-                utils.safe_set_local_optimizer_state(parameter, own, kind)
-        elif kind == "master":
-            utils.safe_set_full_fp32_param(parameter, value)
-        else:
-            utils.safe_set_full_optimizer_state(parameter, value, kind)
-
-    def _flat_masters(self) -> list[Tensor]:
-        outer = self.deepspeed.optimizer
-        if self._masters:
-            return list(self._masters.values())
-        if self.config.zero_stage == 3:
-            return list(outer.fp32_partitioned_groups_flat)
-        return list(outer.single_partition_of_fp32_groups)
-
-    def _whole_masters(self) -> dict[str, Tensor]:
+    @property
+    def _masters(self) -> dict[str, Tensor]:
         if self.config.zero_stage > 0:
             return {}
-        outer = self.deepspeed.optimizer
-        if isinstance(outer, AveragingAdamW):
-            return dict(self._parameters)
-        name_of = {id(parameter): name for name, parameter in self._parameters.items()}
-        return {
-            name_of[id(narrow)]: master
-            for narrow_group, group in zip(outer.fp16_groups, outer.fp32_groups, strict=True)
-            for narrow, master in zip(narrow_group, group, strict=True)
-        }
+        masters = (master for _, master in self._state.whole_masters())
+        return dict(zip(self._parameters, masters, strict=True))
 
-    def _link(self) -> None:
-        # DeepSpeed links fragments to optimizer state after its first step only, and then only
-        # for the first group whose state exists; the state made by us can be linked at once.
-        link = getattr(self.deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            self.deepspeed.optimizer._hp_optimizer_states_linked = False
-            link()
+    def _start(self, exact: dict[str, Tensor]) -> None:
+        self.optimizer.start_state(self._state.flat_masters())
+        self._state.link()
+        # bf16 masters were made from rounded weights: give them the exact ones.
+        for fragment in self._state.fragments() if exact else ():
+            whole = exact[fragment.name].flatten()
+            for kind in set(fragment.values) & {"master", "ema"}:
+                values_n = fragment.values[kind]
+                values_n.copy_(whole.narrow(0, fragment.start, values_n.numel()))
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed quietly and without its just-in-time C++ build."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")

@@ -20,10 +20,10 @@ from dist_decoder.losses.objective import needs_classes
 from dist_decoder.manifest import manifest_fingerprint, read_manifest
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import exclusive, open_location
-from dist_decoder.train.canonical import checkpoints_of
 from dist_decoder.train.checkpoint import CheckpointDocument, SubjectInfo
 from dist_decoder.train.class_terms import class_terms
 from dist_decoder.train.loop import Job, fit
+from dist_decoder.train.places import checkpoints_of
 from dist_decoder.train.rows import subject_rows, validation_of
 from dist_decoder.train.run_folder import config_fingerprint, open_run, write_summary
 from dist_decoder.train.start import start_ridges

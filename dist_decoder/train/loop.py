@@ -29,29 +29,26 @@ from dist_decoder.data.members import TargetName
 from dist_decoder.data.order import own_positions
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.dist import World, any_rank, broadcast_object, sum_over_ranks
-from dist_decoder.errors import CheckpointError, StoppedError, TrainingError
+from dist_decoder.errors import StoppedError, TrainingError
 from dist_decoder.losses.objective import Losses, Term, active_terms
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import atomic_write_json
-from dist_decoder.train.canonical import (
-    State,
-    checkpoints_of,
-    keep_last,
-    owner_of,
-    read_document,
-    read_state,
-    write_state,
+from dist_decoder.train.canonical import State
+from dist_decoder.train.checkpoint import (
+    CheckpointDocument,
+    Progress,
+    load_weights,
+    target_tensors,
 )
-from dist_decoder.train.checkpoint import CheckpointDocument, load_weights, target_tensors
 from dist_decoder.train.class_terms import ClassTerms
 from dist_decoder.train.engine import Engine
 from dist_decoder.train.logs import Logs
 from dist_decoder.train.optimizer import learning_rate
+from dist_decoder.train.saving import Resumed, Saver, check_shapes
 from dist_decoder.train.signals import StopFlag, catch_stop_signals
 from dist_decoder.train.step import Plan, compute_losses
 
 _START_SCORES = "validation.json"
-_SKIPPED = "skipped_steps"
 
 
 class BatchSource(Protocol):
@@ -124,6 +121,7 @@ class _Run:
         outputs = frozenset(_outputs_of(job.decoder))
         self.terms: tuple[Term, ...] = active_terms(job.loss, outputs)
         self.skipped = 0
+        self.logs: Logs | None = None
         if not self.terms:
             raise TrainingError(
                 "every loss term is switched off or has no output: nothing to learn"
@@ -136,7 +134,9 @@ class _Run:
         )
         self.plan = Plan(tuple(counts))
         self.unused = job.decoder.train_only_for(job.loss)
-        self.step, state = self._resume()
+        self.saver = Saver(self.folder, job.checkpoint, world, self._say)
+        resumed = self.saver.newest(job.document)
+        self.step = resumed.document.step if resumed is not None else 0
         # Validation predicts with a copy: at ZeRO stage 3 the trained one is in pieces.
         self.replica = copy.deepcopy(job.decoder) if world.is_first else None
         self.frozen = {
@@ -146,11 +146,13 @@ class _Run:
         }
         job.decoder.to(world.device).train()
         self.engine = Engine(job.decoder, job.engine, job.optim, world)
-        if state is not None:
-            self.engine.restore(state, self.step - self.skipped)
-        self.saved = self.step if state is not None else -1
+        self.is_resumed = resumed is not None
+        if resumed is not None:
+            self._go_on_from(resumed)
+        self.saver.make_room(self.engine.slices())
 
     def close(self) -> None:
+        self.saver.close()
         if hasattr(self, "engine"):
             self.engine.close()
 
@@ -163,6 +165,7 @@ class _Run:
             logs = held.enter_context(
                 Logs(job.folder, job.log, steps, self.step, first, label=job.label)
             )
+            self.logs = logs
             self._announce(logs)
             if job.keep_start and self.step == 0:
                 self._keep_start(logs)
@@ -174,9 +177,11 @@ class _Run:
                 self.step += 1
                 if self.step % job.log.every_steps == 0 or self.step == steps:
                     losses = self._write(logs, result, norm, clock)
-                stop = any_rank([flag.signal], self.world)[0]
-                if stop or self.step % job.checkpoint.every_steps == 0 or self.step == steps:
-                    self._save(logs)
+                stop, failed = any_rank([flag.signal, self.saver.failed], self.world)
+                self.saver.settle(failed)
+                last = bool(stop) or self.step == steps
+                if last or self.step % job.checkpoint.every_steps == 0:
+                    self._save(wait=last)
                 if self.step == steps:
                     break
                 if stop:
@@ -186,6 +191,7 @@ class _Run:
                     scores = self._validate(logs)
                     clock = _Clock(job.data.batch_size)
             scores = self._validate(logs)
+            self.saver.finish(must=True)
         return {"step": self.step, "losses": losses, "validation": scores, **self._at_start()}
 
     def _at_start(self) -> dict[str, Any]:
@@ -263,43 +269,43 @@ class _Run:
             "skipped_steps": self.skipped,
             "samples_per_s": rate,
             "wait_share": wait,
+            **self.saver.timings(),
         }
         logs.write(self.step, values)
         return {name: value for name, value in values.items() if name.startswith("loss/")}
 
-    def _save(self, logs: Logs) -> None:
-        if self.saved != self.step:
-            self._write_checkpoint(logs, self.folder)
-            self.saved = self.step
+    def _save(self, wait: bool) -> None:
+        self.saver.save(self.engine.slices(), self._whole(), self._document(), wait)
 
     def _keep_start(self, logs: Logs) -> None:
         folder = self.job.folder / "start"
-        self._write_checkpoint(logs, folder / "checkpoints")
+        self.saver.write_aside(
+            folder / "checkpoints", self.engine.slices(), self._whole(), self._document()
+        )
         scores = self._validate(logs)
         if self.world.is_first:
             atomic_write_json(folder / _START_SCORES, scores)
 
-    def _write_checkpoint(self, logs: Logs, folder: Path) -> None:
-        begun = time.monotonic()
-        own: State = {}
-        owners = owner_of(self.engine.names, self.world.size)
-        for name in self.engine.names:
-            tensors = self.engine.read(name)
-            if owners[name] == self.world.rank:
-                own[name] = tensors
-        if self.world.is_first:
-            own |= target_tensors(self.job.targets)
-            own |= {_SKIPPED: {"memory": torch.tensor(float(self.skipped))}}
-            if self.job.save_frozen:
-                own |= {name: {"frozen": value} for name, value in self.frozen.items()}
-        if self.job.classes is not None:
-            own |= self.job.classes.state(self.world)
-        document = self.job.document.model_copy(update={"step": self.step})
-        written = document.model_dump(mode="json")
-        write_state(folder, self.step, own, written, self.world)
-        if self.world.is_first:
-            keep_last(folder, self.job.checkpoint.keep_last)
-        logs.say(f"step {self.step}: checkpoint saved in {time.monotonic() - begun:.1f} s")
+    def _document(self) -> CheckpointDocument:
+        progress = Progress(
+            skipped_steps=self.skipped,
+            loss_scaler=self.engine.scaler(),
+        )
+        return self.job.document.model_copy(update={"step": self.step, "progress": progress})
+
+    def _whole(self) -> State:
+        """Return the tensors besides the trained ones that this rank saves."""
+        memories = {} if self.job.classes is None else self.job.classes.state(self.world)
+        if not self.world.is_first:
+            return memories
+        whole = target_tensors(self.job.targets) | memories
+        if self.job.save_frozen:
+            whole |= {name: {"frozen": value} for name, value in self.frozen.items()}
+        return whole
+
+    def _say(self, text: str) -> None:
+        if self.logs is not None:
+            self.logs.say(text)
 
     def _stop(self, number: int, logs: Logs) -> None:
         name = signal.Signals(number).name
@@ -319,30 +325,19 @@ class _Run:
         scores = broadcast_object(scores, self.world)
         if scores:
             logs.write(self.step, scores)
+        if self.step and self.saver.score(self.step, scores):
+            self._save(wait=False)
         return scores
 
-    def _resume(self) -> tuple[int, State | None]:
-        found = checkpoints_of(self.folder) if self.world.is_first else []
-        newest = broadcast_object(str(found[-1]) if found else None, self.world)
-        if newest is None:
-            return 0, None
-        folder = Path(newest)
-        document = CheckpointDocument.model_validate(read_document(folder))
-        for key in ("manifest_fingerprint", "config_fingerprint", "base"):
-            if getattr(document, key) != getattr(self.job.document, key):
-                raise CheckpointError(
-                    f"{folder} has another {key.replace('_', ' ')} ({getattr(document, key)}, now "
-                    f"{getattr(self.job.document, key)}): the shards, configuration or base "
-                    "changed since; choose another `run`"
-                )
-        state = read_state(folder)
-        names = {name for name, p in self.job.decoder.named_parameters() if p.requires_grad}
-        weights = {name: kinds["master"] for name, kinds in state.items() if "master" in kinds}
-        load_weights(self.job.decoder, weights, folder, only=names)
-        self.skipped = int(state[_SKIPPED]["memory"]) if _SKIPPED in state else 0
+    def _go_on_from(self, resumed: Resumed) -> None:
+        reader, progress = resumed.reader, resumed.document.progress
+        check_shapes(reader, self.engine.shapes())
+        self.skipped = progress.skipped_steps
+        self.engine.load(reader.read, self.step - self.skipped)
+        self.engine.load_scaler(progress.loss_scaler)
         if self.job.classes is not None:
-            self.job.classes.load(state, self.world)
-        return document.step, state
+            self.job.classes.load(reader.state(("memory",)), self.world)
+        self.saver.saved_step = self.step
 
     def _announce(self, logs: Logs) -> None:
         if self.replica is None:
@@ -355,7 +350,7 @@ class _Run:
         )
         if self.unused:
             logs.say(f"not trained, their losses are switched off: {', '.join(self.unused)}")
-        if self.saved >= 0:
+        if self.is_resumed:
             logs.say(f"resumed from step {self.step}")
 
 
