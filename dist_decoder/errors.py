@@ -35,6 +35,10 @@ class CheckpointError(RunError):
     """A checkpoint is missing, incomplete, or does not fit the model."""
 
 
+class SupersededError(RunError):
+    """A newer attempt of the same run has begun: this one must not write any more."""
+
+
 class StorageError(DistDecoderError):
     """A location cannot be read or written."""
 

@@ -26,6 +26,7 @@ from dist_decoder.manifest import read_npz
 from dist_decoder.rng import key64
 from dist_decoder.storage import Storage
 from dist_decoder.train.checkpoint import CheckpointMeta, load_for_inference, read_meta
+from dist_decoder.train.places import Place
 
 _MIN_STD = 1e-6
 
@@ -54,7 +55,7 @@ class Predicted:
 class Predictor:
     """A checkpoint that is ready to predict."""
 
-    def __init__(self, path: Path, device: str = "auto") -> None:
+    def __init__(self, path: Place, device: str = "auto") -> None:
         """Load the newest complete checkpoint of a run folder, or a checkpoint folder.
 
         Raises:

@@ -217,18 +217,12 @@ class EngineConfig(Section):
     """DeepSpeed and the process group."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp16 scales its losses so that small gradients survive; it needs a GPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 1
     """CPU threads of a rank; 0 leaves torch's choice."""
-    accumulate: PositiveInt = 1
-    """Parts in which a rank goes through its samples of a step. Contrastive losses still see the
-    whole global batch: the result is that of 1, for less memory and a second forward pass."""
     checkpoint_prior: bool = False
     """Compute the prior's activations again in the backward pass instead of keeping them."""
-    compile: bool = False
-    """Compile the prior's network with torch.compile; needs a C++ compiler on CPU."""
     timeout_s: PositiveInt = 1800
     """Longest wait in a collective."""
     notice_s: Positive = 20
@@ -245,6 +239,21 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt = 1000
     keep_last: PositiveInt = 2
+    """The newest that stay."""
+    keep_best: str | None = None
+    """A validation score by its name in metrics.jsonl (validation/nsd/pooled_mrr): the checkpoint
+    with the highest one stays too, and a step that beats it is saved. Needs
+    log.validate_every_steps."""
+    location: str | None = None
+    """Folder or object-store URL for the checkpoints; None keeps them in the run folder. The run
+    folder then holds a pointer, which every command follows."""
+    asynchronous: bool = True
+    """Training goes on while the files are written, from a copy in CPU memory that is as large as
+    the rank's part of the state. False writes without the copy and waits."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What happens when a checkpoint cannot be written (disk full): stop ends the run; continue
+    says so and tries again at the next one. The last good checkpoint stays either way, and the
+    last save of a run must succeed."""
 
 
 TrackerName = Literal["tensorboard", "wandb"]

@@ -17,7 +17,7 @@ from dist_decoder.batch import Batch
 from dist_decoder.config.train import OptimConfig
 from dist_decoder.dist import World, any_rank, gather_objects
 from dist_decoder.errors import NonFiniteError
-from dist_decoder.losses.objective import Losses, Term
+from dist_decoder.losses.objective import CUT, Losses, Term
 from dist_decoder.train.step import Forward
 
 _NAMED_SAMPLES = 5
@@ -52,7 +52,9 @@ class FiniteGuard:
             self._row_sums = []
             outputs = forward(*args, **kwargs)
             size = args[2]
-            for value in outputs.values():
+            for name, value in outputs.items():
+                if name in CUT and self._world.size > 1:
+                    continue  # rows of the global batch, features of this rank
                 if value.requires_grad and value.dim() > 1 and len(value) == size:
                     value.register_hook(self._note)
             return outputs

@@ -7,9 +7,7 @@ import json
 import math
 import secrets
 import signal
-import time
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,20 +23,17 @@ from dist_decoder.dist import (
     run_on_first,
     sum_over_ranks,
 )
-from dist_decoder.errors import CheckpointError, ConfigError, StoppedError, TrainingError
+from dist_decoder.errors import ConfigError, StoppedError, TrainingError
 from dist_decoder.losses.objective import Losses, Term, active_terms
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import atomic_write_json
-from dist_decoder.train.canonical import (
-    State,
-    checkpoints_of,
-    keep_last,
-    owner_of,
-    read_document,
-    read_state,
-    write_state,
+from dist_decoder.train.canonical import State
+from dist_decoder.train.checkpoint import (
+    CheckpointDocument,
+    Progress,
+    load_weights,
+    target_tensors,
 )
-from dist_decoder.train.checkpoint import CheckpointDocument, load_weights, target_tensors
 from dist_decoder.train.engine import Engine
 from dist_decoder.train.guard import FiniteGuard
 from dist_decoder.train.job import Job
@@ -50,14 +45,13 @@ from dist_decoder.train.out_of_memory import memory_explained
 from dist_decoder.train.patience import Patience
 from dist_decoder.train.peak_flops import peak_flops
 from dist_decoder.train.profiling import StepProfiler
+from dist_decoder.train.saving import Resumed, Saver, check_shapes
 from dist_decoder.train.signals import StopFlag, catch_stop_signals
 from dist_decoder.train.step import Plan, compute_losses
 from dist_decoder.train.trackers import tracker_ids
 from dist_decoder.train.watchdog import Watchdog
 
 _START_SCORES = "validation.json"
-_SKIPPED = "skipped_steps"
-_PATIENCE = "early_stopping"
 
 
 def fit(job: Job, world: World) -> dict[str, Any]:
@@ -113,11 +107,12 @@ class _Run:
         self.needed = tuple(name for name in names if name in wanted)
         self.plan = _plan(job, world)
         self.unused = job.decoder.train_only_for(job.loss)
-        self.tracker_ids = dict(job.document.trackers)
-        self.step, state = self._resume()
-        self.tracker_ids = run_on_first(
-            lambda: tracker_ids(job.folder, job.log, self.tracker_ids), world
-        )
+        self.logs: Logs | None = None
+        self.saver = Saver(self.folder, job.checkpoint, world, self._say)
+        resumed = self.saver.newest(job.document)
+        self.step = resumed.document.step if resumed is not None else 0
+        known = resumed.document.progress.trackers if resumed is not None else {}
+        self.tracker_ids = run_on_first(lambda: tracker_ids(job.folder, job.log, known), world)
         # Validation predicts with a copy: at ZeRO stage 3 the trained one is in pieces.
         self.replica = copy.deepcopy(job.decoder) if world.is_first else None
         self.frozen = {
@@ -126,10 +121,13 @@ class _Run:
             if not p.requires_grad
         }
         job.decoder.to(world.device).train()
+        if job.decoder.middle.prior is not None:
+            job.decoder.middle.prior.net.recompute = job.engine.checkpoint_prior
         self.engine = Engine(job.decoder, job.engine, job.optim, world)
-        if state is not None:
-            self.engine.restore(state, self.step - self.guard.skipped)
-        self.saved = self.step if state is not None else -1
+        self.is_resumed = resumed is not None
+        if resumed is not None:
+            self._go_on_from(resumed)
+        self.saver.make_room(self.engine.slices())
         self.scores: dict[str, float] = {}
         self.slow = SlowRanks()
         self.peak = _peak_flops(job, world)
@@ -138,6 +136,7 @@ class _Run:
             self.flops_per_sample = job.expectation(world.size).flops_per_sample
 
     def close(self) -> None:
+        self.saver.close()
         if hasattr(self, "engine"):
             self.engine.close()
 
@@ -150,6 +149,7 @@ class _Run:
             losses = self._take_steps(flag, logs, held)
             if self.patience.validated != self.step:
                 self._validate(logs)
+            self.saver.finish(must=True)
         early = {"stopped_early": True} if self.step < self.job.optim.steps else {}
         done = {"step": self.step, "losses": losses, "validation": self.scores}
         return {**done, **early, **self._at_start()}
@@ -170,6 +170,7 @@ class _Run:
         run_on_all(open_logs, self.world)
         (logs,) = opened
         self.watchdog.say = logs.say
+        self.logs = logs
         return logs
 
     def _take_steps(self, flag: StopFlag, logs: Logs, held: ExitStack) -> dict[str, float]:
@@ -200,12 +201,13 @@ class _Run:
             self.watchdog.enter(self.step, "log")
             if self.step % job.log.every_steps == 0 or self.step == steps:
                 losses = self._write(logs, result, norm, clock)
-            stop = any_rank([flag.signal], self.world)[0]
+            stop, failed = any_rank([flag.signal, self.saver.failed], self.world)
+            self.saver.settle(failed)
             if self._validation_is_due() and not stop:
                 self._validate(logs)
             last = self.step == steps or self.patience.exhausted
             if stop or last or self.step % job.checkpoint.every_steps == 0:
-                self._save(logs)
+                self._save(wait=bool(stop) or last)
             if last:
                 break
             if stop:
@@ -274,49 +276,50 @@ class _Run:
             "grad_norm": norm,
             "skipped_steps": self.guard.skipped,
             **rates.values(self.plan.global_size, self.world, self.flops_per_sample, self.peak),
+            **self.saver.timings(),
         }
         logs.write(self.step, values, rates.by_rank if self.world.size > 1 else None)
         for line in self.slow.look(rates):
             logs.say(line)
         return {name: value for name, value in values.items() if name.startswith("loss/")}
 
-    def _save(self, logs: Logs) -> None:
-        if self.saved != self.step:
-            self.watchdog.enter(self.step, "save")
-            logs.sync()
-            self._write_checkpoint(logs, self.folder)
-            self.saved = self.step
+    def _save(self, wait: bool) -> None:
+        self.watchdog.enter(self.step, "save")
+        if self.logs is not None:
+            self.logs.sync()
+        self.saver.save(self.engine.slices(), self._whole(), self._document(), wait)
 
     def _keep_start(self, logs: Logs) -> None:
         folder = self.job.folder / "start"
-        self._write_checkpoint(logs, folder / "checkpoints")
+        self.saver.write_aside(
+            folder / "checkpoints", self.engine.slices(), self._whole(), self._document()
+        )
         scores = self._validate(logs)
         if self.world.is_first:
             atomic_write_json(folder / _START_SCORES, scores)
 
-    def _write_checkpoint(self, logs: Logs, folder: Path) -> None:
-        begun = time.monotonic()
-        own: State = {}
-        owners = owner_of(self.engine.names, self.world.size)
-        for name in self.engine.names:
-            tensors = self.engine.read(name)
-            if owners[name] == self.world.rank:
-                own[name] = tensors
-        if self.world.is_first:
-            own |= target_tensors(self.job.targets)
-            own |= self._memories()
-            if self.job.classes is not None:
-                own |= self.job.classes.state()
-            if self.job.save_frozen:
-                own |= {name: {"frozen": value} for name, value in self.frozen.items()}
-        document = self.job.document.model_copy(
-            update={"step": self.step, "trackers": self.tracker_ids}
+    def _document(self) -> CheckpointDocument:
+        progress = Progress(
+            skipped_steps=self.guard.skipped,
+            loss_scaler=self.engine.scaler(),
+            patience=self.patience.state(),
+            trackers=self.tracker_ids,
         )
-        written = document.model_dump(mode="json")
-        write_state(folder, self.step, own, written, self.world)
-        if self.world.is_first:
-            keep_last(folder, self.job.checkpoint.keep_last)
-        logs.say(f"step {self.step}: checkpoint saved in {time.monotonic() - begun:.1f} s")
+        return self.job.document.model_copy(update={"step": self.step, "progress": progress})
+
+    def _whole(self) -> State:
+        """Return the tensors besides the trained ones that this rank saves."""
+        memories = {} if self.job.classes is None else self.job.classes.state(self.world)
+        if not self.world.is_first:
+            return memories
+        whole = target_tensors(self.job.targets) | memories
+        if self.job.save_frozen:
+            whole |= {name: {"frozen": value} for name, value in self.frozen.items()}
+        return whole
+
+    def _say(self, text: str) -> None:
+        if self.logs is not None:
+            self.logs.say(text)
 
     def _stop(self, number: int, logs: Logs) -> None:
         name = signal.Signals(number).name
@@ -325,19 +328,6 @@ class _Run:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise StoppedError(text)
-
-    def _memories(self) -> State:
-        """Return the counters of the run in the form of a checkpoint."""
-        return {
-            _SKIPPED: {"memory": torch.tensor(float(self.guard.skipped))},
-            _PATIENCE: {"memory": self.patience.state()},
-        }
-
-    def _recall(self, state: State) -> None:
-        if _SKIPPED in state:
-            self.guard.skipped = int(state[_SKIPPED]["memory"])
-        if _PATIENCE in state:
-            self.patience.load(state[_PATIENCE]["memory"])
 
     def _validate(self, logs: Logs) -> dict[str, float]:
         self.watchdog.enter(self.step, "validate")
@@ -357,31 +347,20 @@ class _Run:
             )
         self.scores = scores
         self.patience.update(self.step, scores)
+        if self.step and self.saver.score(self.step, scores):
+            self._save(wait=False)
         return scores
 
-    def _resume(self) -> tuple[int, State | None]:
-        found = checkpoints_of(self.folder) if self.world.is_first else []
-        newest = broadcast_object(str(found[-1]) if found else None, self.world)
-        if newest is None:
-            return 0, None
-        folder = Path(newest)
-        document = CheckpointDocument.model_validate(read_document(folder))
-        for key in ("manifest_fingerprint", "config_fingerprint", "base"):
-            if getattr(document, key) != getattr(self.job.document, key):
-                raise CheckpointError(
-                    f"{folder} has another {key.replace('_', ' ')} ({getattr(document, key)}, now "
-                    f"{getattr(self.job.document, key)}): the shards, configuration or base "
-                    "changed since; choose another `run`"
-                )
-        state = read_state(folder)
-        names = {name for name, p in self.job.decoder.named_parameters() if p.requires_grad}
-        weights = {name: kinds["master"] for name, kinds in state.items() if "master" in kinds}
-        load_weights(self.job.decoder, weights, folder, only=names)
-        self._recall(state)
-        self.tracker_ids |= document.trackers
+    def _go_on_from(self, resumed: Resumed) -> None:
+        reader, progress = resumed.reader, resumed.document.progress
+        check_shapes(reader, self.engine.shapes())
+        self.guard.skipped = progress.skipped_steps
+        self.patience.load(progress.patience)
+        self.engine.load(reader.read, self.step - self.guard.skipped)
+        self.engine.load_scaler(progress.loss_scaler)
         if self.job.classes is not None:
-            self.job.classes.load(state)
-        return document.step, state
+            self.job.classes.load(reader.state(("memory",)), self.world)
+        self.saver.saved_step = self.step
 
     def _announce(self, logs: Logs) -> None:
         if self.replica is None:
@@ -394,21 +373,13 @@ class _Run:
         )
         if self.unused:
             logs.say(f"not trained, their losses are switched off: {', '.join(self.unused)}")
-        if self.saved >= 0:
+        if self.is_resumed:
             logs.say(f"resumed from step {self.step}")
 
 
 def _plan(job: Job, world: World) -> Plan:
     size = job.data.batch_size
-    counts = (len(own_positions(size, rank, world.size)) for rank in range(world.size))
-    plan = Plan(tuple(counts))
-    if min(plan.counts) == 0:
-        # An empty backward pass may abort a rank without a word.
-        raise ConfigError(
-            f"data.batch_size {size} leaves a rank of {world.size} without samples: raise it to at "
-            "least the number of ranks, or start fewer ranks"
-        )
-    return plan
+    return Plan(tuple(len(own_positions(size, rank, world.size)) for rank in range(world.size)))
 
 
 def _peak_flops(job: Job, world: World) -> float | None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from dist_decoder.dist import World, gather
+from dist_decoder.dist import World, gather_shared
 
 _QUANTITIES = (
     "step_s_p50", "step_s_p95", "step_s_max", "own_s", "wait_share", "rss_gb", "cuda_peak_gb",
@@ -58,7 +58,7 @@ class StepClock:
         """Return the times since the last reading over all ranks; one small collective."""
         values = [*self._percentiles(), *_memory_gb(world)]
         own_RQ = torch.tensor([values], dtype=torch.float64, device=world.device)
-        gathered_RQ = gather(own_RQ, [1] * world.size, world)
+        gathered_RQ = gather_shared(own_RQ, [1] * world.size, world)
         total_s, count = sum(self._steps_s), len(self._steps_s)
         self._reset()
         by_rank = dict(zip(_QUANTITIES, gathered_RQ.T.tolist(), strict=True))

@@ -74,13 +74,21 @@ def is_decayed(name: str, module_kind: type[nn.Module]) -> bool:
     return name.rpartition(".")[2] not in _NOT_DECAYED and module_kind is not nn.LayerNorm
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Return the groups of trainable parameters: part x decayed or not, in a fixed order."""
+def parameter_groups(
+    model: nn.Module, config: OptimConfig, prefix: str = ""
+) -> list[dict[str, Any]]:
+    """Return the groups of trainable parameters: part x decayed or not, in a fixed order.
+
+    Args:
+        model: the decoder, or a side of it.
+        config: scales and decays.
+        prefix: name of that side with a dot.
+    """
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for prefix, module in model.named_modules():
+    for place, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                full_name = f"{prefix}.{name}"
+                full_name = f"{prefix}{place}.{name}"
                 key = (part_of(full_name), is_decayed(full_name, type(module)))
                 members.setdefault(key, []).append(parameter)
     groups = []
@@ -100,11 +108,11 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     return groups
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> AveragingAdamW:
+def make_optimizer(model: nn.Module, config: OptimConfig, prefix: str = "") -> AveragingAdamW:
     """Return the optimizer; its learning rate is zero until ``set_schedule``."""
     # Some engine wrappers take a step on zero gradients while they start: at lr 0 it does nothing.
     return AveragingAdamW(
-        parameter_groups(model, config),
+        parameter_groups(model, config, prefix),
         ema_decay=config.ema_decay,
         lr=0.0,
         betas=config.betas,

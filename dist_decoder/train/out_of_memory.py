@@ -52,14 +52,7 @@ def explain(job: Job, world: World, cause: str) -> str:
 
 
 def _knobs(job: Job, world: World) -> list[str]:
-    local = -(-job.data.batch_size // world.size)
-    accumulate = job.engine.accumulate
     knobs = []
-    if accumulate < local:
-        knobs.append(
-            f"raise engine.accumulate (now {accumulate}: {-(-local // accumulate)} samples at "
-            "once; the result stays the same)"
-        )
     if job.decoder.has_prior and not job.engine.checkpoint_prior:
         knobs.append("set engine.checkpoint_prior=true (activation checkpointing)")
     if job.engine.zero_stage < 3 and world.size > 1:

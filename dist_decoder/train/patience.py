@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
 from dist_decoder.train.validate import selection_score
 
 _BELOW_ALL = -2.0
-"""Below every score; finite, since a checkpoint holds finite numbers only."""
+"""Below every score; finite, since JSON has no infinity."""
 
 
 class Patience:
@@ -32,20 +29,24 @@ class Patience:
 
     def update(self, step: int, scores: Mapping[str, float]) -> None:
         """Take in the scores of a validation on images that are trained on nowhere."""
-        # float32, as a checkpoint keeps it: a resumed run compares with the same number.
-        score = float(torch.tensor(selection_score(scores)))
+        score = selection_score(scores)
         self.validated = step
         if score > self.best:
             self.best, self.best_step, self._without = score, step, 0
         else:
             self._without += 1
 
-    def state(self) -> Tensor:
+    def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps."""
-        return torch.tensor([self.best, self.best_step, self.validated, self._without])
+        return {
+            "best": self.best,
+            "best_step": self.best_step,
+            "validated": self.validated,
+            "without": self._without,
+        }
 
-    def load(self, state: Tensor) -> None:
-        """Go on with what ``state`` returned."""
-        best, best_step, validated, without = state.tolist()
-        self.best, self.best_step = best, int(best_step)
-        self.validated, self._without = int(validated), int(without)
+    def load(self, state: Mapping[str, float]) -> None:
+        """Go on with what ``state`` returned; an empty one is a run that never validated."""
+        if state:
+            self.best, self.best_step = state["best"], int(state["best_step"])
+            self.validated, self._without = int(state["validated"]), int(state["without"])

@@ -144,4 +144,4 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         """Send what is left."""
-        self._run.finish(quiet=True)
+        self._run.finish()
