@@ -46,6 +46,7 @@ add_verb(
     "interrupted run. Exit code 75: stopped by SIGTERM, SIGUSR1 or SIGUSR2 after saving; 65: not "
     "finite; 69: a rank is dead or hangs; 71: out of memory; 130: Ctrl-C.",
     render=_lazy_render("dist_decoder.commands.train:render"),
+    flags={"--profile": "log.profile=[10,12]"},
 )
 add_verb(
     app,

@@ -58,8 +58,14 @@ class PoisonLoss:
         return call
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("zero_stage", "precision"),
+    [
+        (0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16"),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in
+          [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")]),
+    ],
+)  # fmt: skip
 def test_a_non_finite_gradient_changes_nothing_and_names_the_sample(
     world: World,
     tmp_path: Path,

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from made_job import MadeBatches, made_job
+from typer.testing import CliRunner
 
 from dist_decoder import dist
+from dist_decoder.commands.cli import app
 from dist_decoder.config.train import EngineConfig, LogConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import ConfigError, OutOfMemory, StoppedError
+from dist_decoder.train.checkpoint import find_checkpoint, read_meta
 from dist_decoder.train.job import Expected
 from dist_decoder.train.loop import fit
 from dist_decoder.train.lost_peer import is_lost_peer
 from dist_decoder.train.measure import Rates, SlowRanks
 from dist_decoder.train.out_of_memory import ran_out_of_memory
 from dist_decoder.train.peak_flops import peak_flops
-from dist_decoder.train.places import checkpoints_of
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,8 @@ def test_profile_writes_one_trace_of_the_steps(world: World, tmp_path: Path) -> 
     assert trace.name == "rank-00-steps-1-2.json.gz"
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert sum(event.get("name") == "aten::linear" for event in events) > 2
+    help_text = CliRunner().invoke(app, ["train", "--help"]).output
+    assert "--profile is short for log.profile=[10,12]" in help_text
     with pytest.raises(ValueError, match="first and last step"):
         LogConfig(profile=(3, 1))
 
@@ -106,9 +113,6 @@ class Stopping(MadeBatches):
         self._at = at
 
     def __iter__(self) -> Any:
-        import os
-        import signal
-
         for batch in super().__iter__():
             if batch.step == self._at:
                 os.kill(os.getpid(), signal.SIGUSR2)
@@ -185,8 +189,6 @@ def test_peak_rates_are_known_by_name() -> None:
 def test_wandb_without_the_package_is_refused(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"pip install 'dist-decoder\[wandb\]'"):
         fit(made_job(tmp_path, world, steps=1, log=LogConfig(trackers=("wandb",))), world)
@@ -211,5 +213,4 @@ def test_wandb_keeps_its_run_id_over_a_resume(
     folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(folders) == 2
     assert all(name.endswith(ids[0]) for name in folders)
-    meta = json.loads((checkpoints_of(tmp_path / "checkpoints")[-1] / "meta.json").read_text())
-    assert meta["progress"]["trackers"] == {"wandb": ids[0]}
+    assert read_meta(find_checkpoint(tmp_path)).document.progress.trackers == {"wandb": ids[0]}
