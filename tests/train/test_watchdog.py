@@ -45,13 +45,14 @@ def check_sleeping_rank(folder: Path, sleep_s: float, notice_s: float) -> None:
     assert "waiting for rank 1 since" in log
     assert "step 3, reading data" in log
     assert "watched_worker.py" in log
-    assert "rank 1 goes on after more than" in log
     assert "waiting for rank 0" not in log
     assert "step 6/6" in log
 
 
 def test_a_sleeping_rank_is_named_and_goes_on(tmp_path: Path) -> None:
     check_sleeping_rank(tmp_path, sleep_s=4, notice_s=1)
+    # With the default notice_s the run may end before rank 0 looks again.
+    assert "rank 1 goes on after more than" in log_of(tmp_path, 0)
 
 
 @pytest.mark.slow
