@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from dist_decoder.errors import StorageError
@@ -76,6 +77,25 @@ class Storage(ABC):
 
         Raises:
             StorageError: the disk is full or the location is not writable.
+        """
+
+    @abstractmethod
+    def create(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """Return a binary file for writing that appears as ``name`` when its block ends well.
+
+        For an object store the bytes wait in a temporary local file and are uploaded when the
+        block ends.
+
+        Raises:
+            StorageError: as ``write``.
+        """
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file; one that does not exist is no error.
+
+        Raises:
+            StorageError: the location is not writable.
         """
 
     @abstractmethod
@@ -166,6 +186,14 @@ class LocalStorage(Storage):
     def write(self, name: str, data: bytes) -> None:
         atomic_write_bytes(self._locate(name), data)
 
+    def create(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        return atomic_file(self._locate(name))
+
+    def remove(self, name: str) -> None:
+        path = self._locate(name)
+        with explained(path, "removed"):
+            path.unlink(missing_ok=True)
+
     def exists(self, name: str) -> bool:
         return self._locate(name).is_file()
 
@@ -208,6 +236,22 @@ class ObjectStorage(Storage):
     def write(self, name: str, data: bytes) -> None:
         with self._explained(name):
             self._obstore.put(self._store, _checked(name), data)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[IO[bytes]]:
+        with tempfile.TemporaryFile(prefix="dist-decoder-upload-") as file:
+            yield file
+            file.seek(0)
+            with self._explained(name):
+                self._obstore.put(self._store, _checked(name), file)
+
+    def remove(self, name: str) -> None:
+        try:
+            with self._explained(name):
+                self._obstore.delete(self._store, _checked(name))
+        except StorageError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
 
     def exists(self, name: str) -> bool:
         try:
