@@ -37,8 +37,9 @@ from dist_decoder.train.checkpoint import (
     read_meta,
 )
 from dist_decoder.train.class_terms import class_terms
+from dist_decoder.train.job import Job
 from dist_decoder.train.joint import subject_infos
-from dist_decoder.train.loop import Job, fit
+from dist_decoder.train.loop import fit
 from dist_decoder.train.places import checkpoints_of
 from dist_decoder.train.rows import subject_rows, subjects_with_rows, validation_of
 from dist_decoder.train.run_folder import (

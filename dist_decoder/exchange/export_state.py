@@ -127,7 +127,10 @@ def _write_deepspeed(
     kinds = ("master", "exp_avg", "exp_avg_sq", *(("ema",) if document.ema else ()))
     own: dict[str, Tensor] = {name: p for name, p in parameters.items() if name in trained}
     state = DeepSpeedState(engine, own, config.zero_stage, kinds, world)
-    state.load(reader.read, document.step - document.progress.skipped_steps)
+    skipped = 0
+    if "skipped_steps" in reader.names("memory"):
+        skipped = int(reader.whole("skipped_steps", "memory"))
+    state.load(reader.read, document.step - skipped)
     engine.global_steps = document.step
     tag = f"global_step{document.step}"
     engine.save_checkpoint(str(config.output), tag=tag, client_state={"step": document.step})

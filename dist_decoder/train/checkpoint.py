@@ -49,21 +49,12 @@ class BaseInfo(Section):
     """Relative to the run folder of the adapted model, or a URL."""
 
 
-class Progress(Section):
-    """What a run has come to besides its weights, moments and step.
+class CheckpointDocument(Section):
+    """``meta.json`` of a checkpoint.
 
     There is no state of random generators: every draw is keyed by seed, purpose, step and place in
-    the global batch. The position in the data is the step.
+    the global batch.
     """
-
-    skipped_steps: int = 0
-    """Steps whose loss was not finite; the optimizer has made so many updates less."""
-    loss_scaler: dict[str, float] = {}
-    """Of dynamic loss scaling; empty without it."""
-
-
-class CheckpointDocument(Section):
-    """``meta.json`` of a checkpoint."""
 
     format: Literal["dist-decoder-checkpoint"] = "dist-decoder-checkpoint"
     version: Literal[2] = 2
@@ -80,7 +71,10 @@ class CheckpointDocument(Section):
     ema: bool
     base: BaseInfo | None = None
     lora: LoraConfig | None = None
-    progress: Progress = Progress()
+    loss_scaler: dict[str, float] = {}
+    """State of dynamic loss scaling; empty without it."""
+    trackers: dict[str, str] = {}
+    """Run ids of the trackers that have such."""
 
 
 @dataclass(frozen=True)

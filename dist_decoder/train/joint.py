@@ -22,7 +22,8 @@ from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import exclusive, open_location
 from dist_decoder.train.checkpoint import CheckpointDocument, SubjectInfo
 from dist_decoder.train.class_terms import class_terms
-from dist_decoder.train.loop import Job, fit
+from dist_decoder.train.job import Job
+from dist_decoder.train.loop import fit
 from dist_decoder.train.places import checkpoints_of
 from dist_decoder.train.rows import subject_rows, validation_of
 from dist_decoder.train.run_folder import config_fingerprint, open_run, write_summary
