@@ -151,7 +151,7 @@ def test_the_best_step_is_saved_and_stays(world: World, tmp_path: Path) -> None:
     job = made_job(
         tmp_path, world, steps=6, validation=lambda decoder: {"validation/made_mrr": next(scores)},
         checkpoint=CheckpointConfig(every_steps=4, keep_last=1, keep_best="validation/made_mrr"),
-        log=LogConfig(every_steps=1, tensorboard=False, validate_every_steps=1),
+        log=LogConfig(every_steps=1, trackers=(), validate_every_steps=1),
     )  # fmt: skip
     fit(job, world)
     found = {row.step: (row.best, row.score) for row in list_checkpoints(tmp_path)}
