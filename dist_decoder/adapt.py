@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ from dist_decoder.train.checkpoint import (
     read_meta,
 )
 from dist_decoder.train.class_terms import class_terms
+from dist_decoder.train.job import Expectation, Job
 from dist_decoder.train.joint import subject_infos
-from dist_decoder.train.loop import Job, fit
+from dist_decoder.train.loop import fit
 from dist_decoder.train.places import checkpoints_of
 from dist_decoder.train.rows import subject_rows, subjects_with_rows, validation_of
 from dist_decoder.train.run_folder import (
@@ -52,7 +54,7 @@ from dist_decoder.train.start import start_ridges
 from dist_decoder.train.validate import selection_score
 
 
-def adapt(config: AdaptConfig) -> dict[str, Any] | None:
+def adapt(config: AdaptConfig, expectation: Expectation | None = None) -> dict[str, Any] | None:
     """Adapt a joint model to a new subject, or train the same model from scratch on it.
 
     Every learning rate of ``lrs`` is trained in a folder of its own; the one with the best score
@@ -75,7 +77,7 @@ def adapt(config: AdaptConfig) -> dict[str, Any] | None:
             finished = run_on_first(lambda: _open(config, held), world)
             if finished is not None:
                 return {**finished, "already_finished": True} if world.is_first else None
-            summary = _try_rates(config, world)
+            summary = _try_rates(config, world, expectation)
             return summary if world.is_first else None
     finally:
         dist.stop()
@@ -86,7 +88,9 @@ def _open(config: AdaptConfig, held: ExitStack) -> dict[str, Any] | None:
     return open_run(config, config.run, config.resume)
 
 
-def _try_rates(config: AdaptConfig, world: World) -> dict[str, Any]:
+def _try_rates(
+    config: AdaptConfig, world: World, expectation: Expectation | None
+) -> dict[str, Any]:
     storage = open_location(config.data.shards)
     manifest = read_manifest(storage)
     targets = read_targets(storage, manifest)
@@ -105,7 +109,7 @@ def _try_rates(config: AdaptConfig, world: World) -> dict[str, Any]:
         summary = run_on_first(partial(read_summary, folder), world)
         if summary is None:
             job = _job(config, rate, folder, data, base, manifest, targets, world)
-            summary = fit(job, world)
+            summary = fit(replace(job, expectation=expectation), world)
             if world.is_first:
                 write_summary(folder, summary)
         tried.append({"lr": rate, **summary})

@@ -177,6 +177,15 @@ def broadcast_object(value: Any, world: World, source: int = 0) -> Any:
     return box[0]
 
 
+def gather_objects(value: ValueT, world: World) -> list[ValueT]:
+    """Return the small (picklable) values of all ranks, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
 def run_on_first(function: Callable[[], ValueT], world: World) -> ValueT:
     """Call ``function`` on rank 0 and return its (picklable) value on every rank.
 

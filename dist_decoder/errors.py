@@ -47,6 +47,24 @@ class TrainingError(DistDecoderError):
     """Training cannot go on (non-finite loss, dead rank)."""
 
 
+class NonFiniteError(TrainingError):
+    """A loss or gradient is not finite, once or too often: starting again would not help."""
+
+    exit_code = 65
+
+
+class LateRankError(TrainingError):
+    """A rank died, hangs, or lost its connection: the same command goes on."""
+
+    exit_code = 69
+
+
+class OutOfMemory(TrainingError):
+    """A rank needs more memory than there is."""
+
+    exit_code = 71
+
+
 class StoppedError(DistDecoderError):
     """Training was asked to stop by a signal, saved a checkpoint, and can be started again."""
 

@@ -43,8 +43,10 @@ add_verb(
     "Train one decoder on all subjects that are not held out.\n\n"
     "Alone it is one rank; `dist-launch local ranks=2 -- dist-decoder train CONFIG` or "
     "`torchrun -m dist_decoder train CONFIG` start more. The same command goes on with an "
-    "interrupted run. Exit code 75: stopped by SIGTERM or SIGUSR1 after saving; 130: Ctrl-C.",
+    "interrupted run. Exit code 75: stopped by SIGTERM, SIGUSR1 or SIGUSR2 after saving; 65: not "
+    "finite; 69: a rank is dead or hangs; 71: out of memory; 130: Ctrl-C.",
     render=_lazy_render("dist_decoder.commands.train:render"),
+    flags={"--profile": "log.profile=[10,12]"},
 )
 add_verb(
     app,

@@ -60,6 +60,10 @@ class Progress(Section):
     """Steps whose loss was not finite; the optimizer has made so many updates less."""
     loss_scaler: dict[str, float] = {}
     """Of dynamic loss scaling; empty without it."""
+    patience: dict[str, float] = {}
+    """Best validation score and how long it has stood; empty before the first validation."""
+    trackers: dict[str, str] = {}
+    """Run ids of the trackers that have such."""
 
 
 class CheckpointDocument(Section):

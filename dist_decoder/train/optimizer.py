@@ -91,13 +91,8 @@ def parameter_groups(
                 full_name = f"{prefix}{place}.{name}"
                 key = (part_of(full_name), is_decayed(full_name, type(module)))
                 members.setdefault(key, []).append(parameter)
-    scales = {
-        "ridge": config.ridge_lr_scale,
-        "backbone": config.backbone_lr_scale,
-        "prior": config.prior_lr_scale,
-    }
     groups = []
-    for part, scale in scales.items():
+    for part, scale in part_scales(config).items():
         for decayed in (True, False):
             if (part, decayed) not in members:
                 continue
@@ -140,6 +135,21 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     progress = min((step - config.warmup_steps) / span, 1.0)
     cosine = (1 + math.cos(math.pi * progress)) / 2
     return config.lr * (config.final_lr_scale + (1 - config.final_lr_scale) * cosine)
+
+
+def part_learning_rates(config: OptimConfig, step: int) -> dict[str, float]:
+    """Return the learning rate of every part at global step ``step`` (0-based)."""
+    rate = learning_rate(config, step)
+    return {part: rate * scale for part, scale in part_scales(config).items()}
+
+
+def part_scales(config: OptimConfig) -> dict[str, float]:
+    """Return what every part multiplies the learning rate by."""
+    return {
+        "ridge": config.ridge_lr_scale,
+        "backbone": config.backbone_lr_scale,
+        "prior": config.prior_lr_scale,
+    }
 
 
 def one_cycle(config: OptimConfig, step: int, start: float, top: float, end: float) -> float:

@@ -4,6 +4,7 @@ config.yaml        resolved configuration
 environment.json   one entry per start: versions, git revision, host, command
 metrics.jsonl      one flat object per log step
 tensorboard/
+trackers.json      run ids of the trackers that have such
 checkpoints/
 summary.json       written last: the run is finished
 """
@@ -33,7 +34,7 @@ METRICS_NAME = "metrics.jsonl"
 
 _LEFTOVERS = (
     CONFIG_NAME, ENVIRONMENT_NAME, METRICS_NAME, "tensorboard", "checkpoints", "start",
-    "ridge-start",
+    "ridge-start", "trackers.json", "wandb", "profile",
 )  # fmt: skip
 """What a start may leave before its first checkpoint."""
 

@@ -27,7 +27,7 @@ from dist_decoder.dist import World
 from dist_decoder.formats import EncoderEntry
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.train.checkpoint import CheckpointDocument, SubjectInfo
-from dist_decoder.train.loop import Job
+from dist_decoder.train.job import Job
 
 SUBJECTS = {"bold5000/CSI1": 9, "god/S1": 5, "nsd/subj01": 7}
 E, T, D = 5, 3, 4
@@ -150,7 +150,7 @@ def made_job(
         "optim": OptimConfig.model_validate(optim),
         "engine": EngineConfig(zero_stage=zero_stage, device="cpu"),
         "checkpoint": CheckpointConfig(every_steps=8),
-        "log": LogConfig(every_steps=1, tensorboard=False),
+        "log": LogConfig(every_steps=1, trackers=()),
         **changes,
     }
     return Job(**values)
