@@ -64,7 +64,7 @@ def fit(job: Job, world: World) -> dict[str, Any]:
     Raises:
         StoppedError: SIGTERM, SIGUSR1 or SIGUSR2 came; a checkpoint was saved.
         KeyboardInterrupt: SIGINT came; a checkpoint was saved.
-        ConfigError: the batch is smaller than the number of ranks, or a tracker is not installed.
+        ConfigError: a tracker is not installed, or patience has no validations to count.
         NonFiniteError: a loss or gradient is not finite, once or too often.
         OutOfMemory: this rank has not enough memory.
         LateRankError: another rank is gone.
