@@ -61,7 +61,8 @@ def test_profile_writes_one_trace_of_the_steps(world: World, tmp_path: Path) -> 
     (trace,) = (tmp_path / "profile").iterdir()
     assert trace.name == "rank-00-steps-1-2.json.gz"
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    assert sum(event.get("name") == "aten::linear" for event in events) > 2
+    # Not aten::linear: once ZeRO stage 3 ran in a process, DeepSpeed has taken its place.
+    assert sum(event.get("name") in ("aten::addmm", "aten::mm") for event in events) > 2
     help_text = CliRunner().invoke(app, ["train", "--help"]).output
     assert "--profile is short for log.profile=[10,12]" in help_text
     with pytest.raises(ValueError, match="first and last step"):
