@@ -9,8 +9,10 @@ import hashlib
 import io
 import os
 import threading
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, BinaryIO
 
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
+from dist_decoder.data.cache import Entry, NodeCache
 from dist_decoder.data.sources import Shard, require_member
 from dist_decoder.errors import DataError, DistDecoderError, FormatError, StorageError
 from dist_decoder.storage import Storage
@@ -26,8 +29,9 @@ HEADER_BYTES = 512
 """A tar member's header stands in the block before its data."""
 _JOIN_GAP_BYTES = 256 * 1024
 """Reading over a gap of this size costs less than another request."""
-_OPEN_FILES = 64
-"""Per thread; a new reader thread opens its own."""
+_MOST_JOINED_BYTES = 4 * 1024 * 1024
+"""Longer spans leave the processor's cache before they are decoded."""
+_OPEN_FILES = 256
 _MAX_NPY_HEADER = 4096
 
 Wanted = tuple[int, str]
@@ -35,14 +39,22 @@ Wanted = tuple[int, str]
 
 
 class TarReader:
-    """Reads members of the shards of one location; may be used by several threads."""
+    """Reads members of the shards of one location; may be used by several threads.
 
-    def __init__(self, storage: Storage) -> None:
+    Args:
+        storage: the shard folder.
+        cache: shards on a disk of this node; None reads every shard where it is.
+    """
+
+    def __init__(self, storage: Storage, cache: NodeCache | None = None) -> None:
         self._storage = storage
+        self._cache = cache
         self._local = threading.local()
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, shard: Shard, wanted: Iterable[Wanted]) -> dict[Wanted, memoryview]:
-        """Return the bytes of some members of a shard.
+        """Return the bytes of some members of a shard, in memory of their own.
 
         When they make up at least half of the tar, all of it is read at once and its sha256 is
         compared with the manifest.
@@ -52,27 +64,101 @@ class TarReader:
             StorageError: it cannot be read.
         """
         places = {item: self._place(shard, item) for item in wanted}
-        try:
-            if 2 * sum(_in_blocks(size) for _, size in places.values()) >= shard.index.tar_bytes:
+        whole_pays = 2 * sum(_in_blocks(size) for _, size in places.values())
+        with self._explained(shard):
+            if self._cache is None and whole_pays >= shard.index.tar_bytes:
                 whole = self._whole(shard)
                 return {item: _cut(shard, item, whole, 0, *at) for item, at in places.items()}
-            found = {}
-            for start, stop, items in _joined(places):
-                span = self._fetch(shard, start, stop - start)
+            return dict(self._visit(shard, places, scratch=False))
+
+    def visit(
+        self, shard: Shard, wanted: Iterable[Wanted]
+    ) -> Iterator[tuple[Wanted, memoryview]]:
+        """Yield (member, bytes) in the order of the tar; the bytes are good until the next one.
+
+        The memory is a thread's own and stays in the processor's cache, where fresh memory would
+        cost a page fault per 4 KiB.
+
+        Raises:
+            FormatError, StorageError: as ``read``.
+        """
+        places = {item: self._place(shard, item) for item in wanted}
+        with self._explained(shard):
+            yield from self._visit(shard, places, scratch=True)
+
+    def _visit(
+        self, shard: Shard, places: dict[Wanted, tuple[int, int]], scratch: bool
+    ) -> Iterator[tuple[Wanted, memoryview]]:
+        entry = None if self._cache is None else self._cache.open(shard)
+        if entry is not None:
+            yield from self._cached(shard, entry, places, scratch)
+            return
+        spans = _joined(places)
+        for (start, _, items), span in zip(
+            spans, self._spans(shard, spans, scratch), strict=True
+        ):
+            for item in items:
+                yield item, _cut(shard, item, span, start, *places[item])
+
+    def _cached(
+        self,
+        shard: Shard,
+        entry: Entry,
+        places: dict[Wanted, tuple[int, int]],
+        scratch: bool,
+    ) -> Iterator[tuple[Wanted, memoryview]]:
+        """Yield members from the cache; from the source once a checksum is wrong."""
+        assert self._cache is not None
+        left = dict(places)
+        for start, stop, items in _joined(places):
+            try:
+                span = self._read_file(entry.file, shard, start, stop - start, scratch)
+            except (OSError, FormatError):
+                break
+            good = True
+            for item in items:
+                offset, size = places[item]
+                data = span[offset - start : offset - start + size]
+                if self._cache.checks_reads and zlib.crc32(data) != entry.crcs.get(offset):
+                    good = False
+                    break
+                del left[item]
+                yield item, data
+            if not good:
+                break
+        if left:
+            self._cache.damaged(shard, entry)
+            # Fetched anew once; what does not help either is an error of the source.
+            again = self._cache.open(shard)
+            for start, stop, items in _joined(left):
+                if again is None:
+                    span = self._fetch(shard, start, stop - start, scratch)
+                else:
+                    span = self._read_file(again.file, shard, start, stop - start, scratch)
                 for item in items:
-                    found[item] = _cut(shard, item, span, start, *places[item])
-            return found
+                    yield item, _cut(shard, item, span, start, *left[item])
+
+    def release_evicted(self) -> None:
+        """Let go of cached shards that were removed since."""
+        if self._cache is not None:
+            self._cache.release_evicted()
+
+    @contextmanager
+    def _explained(self, shard: Shard) -> Iterator[None]:
+        try:
+            yield
         except (DistDecoderError, OSError) as error:
             error.add_note(f"in {self._storage.describe()}/{shard.entry.name}")
             raise
 
     def _place(self, shard: Shard, item: Wanted) -> tuple[int, int]:
-        sample = shard.index.samples[item[0]]
-        require_member(shard, sample, item[1])
-        return sample.members[item[1]]
+        members = shard.index.samples[item[0]].members
+        if item[1] not in members:
+            require_member(shard, shard.index.samples[item[0]], item[1])
+        return members[item[1]]
 
     def _whole(self, shard: Shard) -> memoryview:
-        data = self._fetch(shard, 0, shard.index.tar_bytes)
+        data = self._fetch(shard, 0, shard.index.tar_bytes, scratch=False)
         if hashlib.sha256(data).hexdigest() != shard.entry.sha256:
             raise FormatError(
                 f"shard {shard.entry.name}: sha256 is not that of the manifest; copy the file"
@@ -80,15 +166,45 @@ class TarReader:
             )
         return data
 
-    def _fetch(self, shard: Shard, offset: int, size: int) -> memoryview:
-        # Writable memory: torch takes arrays in it without a copy and without complaint.
+    def _spans(
+        self, shard: Shard, spans: Sequence[tuple[int, int, list[Wanted]]], scratch: bool
+    ) -> Iterator[memoryview]:
+        """Yield the bytes of some spans; of an object store all are asked for at once."""
+        if self._storage.path is not None:
+            for start, stop, _ in spans:
+                yield self._fetch(shard, start, stop - start, scratch)
+            return
+        ranges = [(start, stop - start) for start, stop, _ in spans]
+        for data in self._storage.read_ranges(shard.entry.name, ranges):
+            yield self._writable(data, scratch)
+
+    def _writable(self, data: bytes | memoryview, scratch: bool) -> memoryview:
+        # torch takes arrays in writable memory without complaint.
+        memory = self._memory(len(data), scratch)
+        memory[:] = memoryview(data)
+        return memory
+
+    def _memory(self, size: int, scratch: bool) -> memoryview:
+        if not scratch:
+            return np.empty(size, np.uint8).data
+        held: memoryview | None = self._local.__dict__.get("scratch")
+        if held is None or len(held) < size:
+            held = self._local.scratch = np.empty(size, np.uint8).data
+        return held[:size]
+
+    def _fetch(self, shard: Shard, offset: int, size: int, scratch: bool) -> memoryview:
         if self._storage.path is None:
-            return memoryview(bytearray(self._storage.read_range(shard.entry.name, offset, size)))
-        data = np.empty(size, np.uint8).data
-        file, done = self._descriptor(shard), 0
+            data = self._storage.read_range(shard.entry.name, offset, size)
+            return self._writable(data, scratch)
+        return self._read_file(self._file(shard), shard, offset, size, scratch)
+
+    def _read_file(
+        self, file: BinaryIO, shard: Shard, offset: int, size: int, scratch: bool
+    ) -> memoryview:
+        data, done = self._memory(size, scratch), 0
         while done < size:
             # One call returns at most 2 GiB, and less when a signal arrives.
-            count = os.preadv(file, [data[done:]], offset + done)
+            count = os.preadv(file.fileno(), [data[done:]], offset + done)
             if count == 0:
                 raise FormatError(
                     f"shard {shard.entry.name} ends before byte {offset + size}: it was truncated"
@@ -97,26 +213,29 @@ class TarReader:
             done += count
         return data
 
-    def _descriptor(self, shard: Shard) -> int:
-        # A thread's own files: nobody closes one that another thread is reading.
-        files: OrderedDict[str, BinaryIO] = self._local.__dict__.setdefault("files", OrderedDict())
+    def _file(self, shard: Shard) -> BinaryIO:
         name = shard.entry.name
-        if name not in files:
-            assert self._storage.path is not None
-            found = self._storage.size(name)
-            if found != shard.index.tar_bytes:
-                raise FormatError(
-                    f"shard {name} has {found} bytes, its index says {shard.index.tar_bytes}: it"
-                    " is truncated or was replaced; copy it again or run `data-tools shard` again"
-                )
-            try:
-                files[name] = open(self._storage.path / name, "rb", buffering=0)  # noqa: SIM115
-            except OSError as error:
-                raise StorageError(f"shard {name} cannot be read: {error}") from error
-            if len(files) > _OPEN_FILES:
-                files.popitem(last=False)[1].close()
-        files.move_to_end(name)
-        return files[name].fileno()
+        with self._lock:
+            if name in self._files:
+                self._files.move_to_end(name)
+                return self._files[name]
+        assert self._storage.path is not None
+        found = self._storage.size(name)
+        if found != shard.index.tar_bytes:
+            raise FormatError(
+                f"shard {name} has {found} bytes, its index says {shard.index.tar_bytes}: it"
+                " is truncated or was replaced; copy it again or run `data-tools shard` again"
+            )
+        try:
+            file = open(self._storage.path / name, "rb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise StorageError(f"shard {name} cannot be read: {error}") from error
+        with self._lock:
+            self._files[name] = file
+            if len(self._files) > _OPEN_FILES:
+                # Closed by whoever drops the last reference: a thread may be reading it.
+                self._files.popitem(last=False)
+        return file
 
 
 def _in_blocks(size: int) -> int:
@@ -131,9 +250,14 @@ def _joined(
     spans: list[tuple[int, int, list[Wanted]]] = []
     for item, (offset, size) in sorted(places.items(), key=lambda pair: pair[1]):
         start, stop = offset - HEADER_BYTES, offset + size
-        if spans and start - spans[-1][1] <= _JOIN_GAP_BYTES:
+        if (
+            spans
+            and start - spans[-1][1] <= _JOIN_GAP_BYTES
+            and stop - spans[-1][0] <= _MOST_JOINED_BYTES
+        ):
             first, last, items = spans[-1]
-            spans[-1] = (first, max(last, stop), [*items, item])
+            items.append(item)
+            spans[-1] = (first, max(last, stop), items)
         else:
             spans.append((start, stop, [item]))
     return spans
@@ -145,7 +269,9 @@ def _cut(
     """Return the data of a member after looking at the name in its tar header."""
     name = f"{shard.index.samples[item[0]].key}.{item[1]}".encode()
     start = offset - span_start
-    if not _names(bytes(span[start - HEADER_BYTES : start]), name):
+    header = start - HEADER_BYTES
+    plain = len(name) < 100 and span[header : header + len(name) + 1] == name + b"\0"
+    if not plain and not _names(bytes(span[header:start]), name):
         raise FormatError(
             f"shard {shard.entry.name}, key {shard.index.samples[item[0]].key}: no member"
             f" {item[1]!r} at byte {offset}: tar and index do not belong together; run"
@@ -168,7 +294,7 @@ def _names(header: bytes, name: bytes) -> bool:
 def decode_array(data: memoryview, where: str) -> NDArray[Any]:
     """Return the array in the bytes of a ``.npy`` file, without copying it.
 
-    Only float16, float32 and float64 are accepted; pickled objects never are.
+    Only floats, int8 and uint16 (the bits of bfloat16) are accepted; pickled objects never are.
 
     Raises:
         FormatError: the bytes are no such array, or too few.
@@ -193,7 +319,7 @@ def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     shape, fortran_order, dtype = npy_format.read_array_header_1_0(
         io.BytesIO(header[8:]), max_header_size=_MAX_NPY_HEADER
     )
-    if dtype.kind != "f" or dtype.itemsize > 8:
+    if (dtype.kind != "f" or dtype.itemsize > 8) and dtype not in (np.int8, np.uint16):
         raise ValueError(f"dtype {dtype} instead of a float")
     return shape, fortran_order, dtype
 
