@@ -65,7 +65,7 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def _open_locked(partial: Path, path: Path) -> IO[bytes]:
@@ -91,7 +91,8 @@ def _is_same_file(file: IO[bytes], path: Path) -> bool:
         return False
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush the names of a folder to disk, so that a rename survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -156,7 +157,7 @@ def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -165,7 +166,7 @@ def _sync_tree(root: Path) -> None:
         for name in names:
             with Path(folder, name).open("rb") as file:
                 os.fsync(file.fileno())
-        _sync_folder(Path(folder))
+        sync_folder(Path(folder))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from dist_decoder.config.base import Section
 from dist_decoder.config.data import Fraction, PositiveInt
+from dist_decoder.config.storage import Location, StorageConfig
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -33,8 +34,10 @@ class CacheConfig(Section):
 class SourcesConfig(Section):
     """Which shards are read and how the sources are mixed."""
 
-    shards: str
+    shards: Location
     """Folder or object-store URL that holds ``manifest.json``."""
+    storage: StorageConfig = StorageConfig()
+    """Retries, deadlines and hedged reads of an object store; changes no number."""
     datasets: tuple[str, ...] | None = None
     """Datasets to train on; None takes all."""
     subjects: tuple[str, ...] | None = None

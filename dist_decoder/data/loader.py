@@ -64,7 +64,7 @@ class Loader:
     ) -> None:
         if subjects is not None:
             config = config.model_copy(update={"subjects": tuple(subjects)})
-        storage = open_location(config.shards)
+        storage = open_location(config.shards, config.storage)
         self.manifest = read_manifest(storage)
         self.target_statistics = read_targets(storage, self.manifest)
         chosen = choose_subjects(self.manifest, config.datasets, config.subjects, allow_holdout)

@@ -91,7 +91,8 @@ class Order:
     Args:
         manifest: of the shards.
         indexes: by tar name; those of ``wanted_entries`` suffice.
-        config: datasets, subjects and mixture. Readers, memory and cache change nothing.
+        config: datasets, subjects and mixture. Readers, memory, cache and
+            storage change nothing.
         seed: of the permutations.
         splits: splits that are read.
         allow_holdout: accept held-out subjects named in ``config.subjects``.

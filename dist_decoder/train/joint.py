@@ -82,7 +82,7 @@ def _finished_summary(config: TrainConfig) -> dict[str, Any]:
 
 
 def _job(config: TrainConfig, world: World) -> Job:
-    storage = open_location(config.data.shards)
+    storage = open_location(config.data.shards, config.data.storage)
     manifest = read_manifest(storage)
     subjects = choose_subjects(
         manifest, config.data.datasets, config.data.subjects, allow_holdout=False

@@ -38,7 +38,7 @@ _LEFTOVERS = (
 
 _FREE_KEYS = (
     "run", "resume", "engine", "checkpoint", "log", "data.workers", "data.worker_kind",
-    "data.cache_mb", "data.cache",
+    "data.cache_mb", "data.cache", "data.storage",
 )  # fmt: skip
 """May change between a run and its continuation: they change no number of the result beyond
 rounding (world size and ZeRO stage)."""
