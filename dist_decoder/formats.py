@@ -6,7 +6,8 @@ one source:
 
     <key>.json                  image_uid, dataset, split, categories, provenance (see SampleInfo)
     <key>.pooled.npy            (E,) raw pooled embedding of the frozen encoder
-    <key>.tokens.npy            (T, D) raw tokens of the frozen encoder
+    <key>.tokens.npy            (T, D) raw tokens of the frozen encoder; see ``TokensEntry``
+    <key>.tokens_scale.npy      (T,) float32, with int8 tokens only
     <key>.<subject>.voxels.npy  (R, V) normalised responses, one row per visit
 
 ``<subject>`` is the name without the dataset (``subj01``), so that any WebDataset client can
@@ -18,6 +19,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dist_decoder.config.base import Section
+from dist_decoder.token_dtypes import TokenDtype
 
 MANIFEST_NAME = "manifest.json"
 TARGETS_NAME = "targets.npz"
@@ -128,6 +130,17 @@ class EncoderEntry(Section):
     """(T, D), or None without tokens."""
 
 
+class TokensEntry(Section):
+    """How the tokens are stored, and what that costs."""
+
+    dtype: TokenDtype
+    """bfloat16: its bits as uint16. int8: to be multiplied by ``tokens_scale.npy``, per token."""
+    max_abs_error: float
+    """Over the training images, against the encoder's float32 tokens."""
+    relative_error: float
+    """Root mean square of the error over that of the tokens' deviation from their mean."""
+
+
 class SplitEntry(Section):
     """How images were divided."""
 
@@ -146,6 +159,8 @@ class Manifest(Section):
     format: Literal["dist-decoder-shards"] = "dist-decoder-shards"
     version: Literal[1] = 1
     encoder: EncoderEntry
+    tokens: TokensEntry | None = None
+    """None: no tokens, or floats as their ``.npy`` says (folders of earlier versions)."""
     split: SplitEntry
     subjects: dict[str, SubjectEntry]
     sources: tuple[SourceEntry, ...]

@@ -25,6 +25,7 @@ BASE = {
     "rng",
     "stats",
     "stimuli",
+    "token_dtypes",
     "torchvision_shim",
 }
 ROOMS_ABOVE_BASE = {"encoders", "data", "nn", "losses", "eval", "train", "adapt", "predict"}

@@ -60,10 +60,14 @@ class NodeCache:
         self._refused_until = 0.0
         self._warned: set[str] = set()
         self.counters: Counter[str] = Counter()
-        """hits, misses, fetched_bytes, evicted, damaged, read_through."""
+        """hits, waits and read_through: how shards were found by who read them; fetched,
+        fetched_bytes, evicted, damaged."""
 
-    def open(self, shard: Shard) -> Entry | None:
+    def open(self, shard: Shard, ahead: bool = False) -> Entry | None:
         """Return a shard, after fetching it if need be; None if it must be read through.
+
+        Args:
+            ahead: nobody waits for it: it counts as neither hit nor wait.
 
         Raises:
             StorageError: the shard cannot be fetched.
@@ -74,17 +78,16 @@ class NodeCache:
         if entry is None:
             entry = self._existing(key, shard)
         if entry is not None:
-            self._count("hits")
+            self._count("hits", not ahead)
             return entry
         if time.monotonic() < self._refused_until:
-            self._count("read_through")
+            self._count("read_through", not ahead)
             return None
         try:
             entry = self._fetch(key, shard)
         except (OSError, StorageError) as error:
             self._give_up(error)
-        if entry is None:
-            self._count("read_through")
+        self._count("read_through" if entry is None else "waits", not ahead)
         return entry
 
     def damaged(self, shard: Shard, entry: Entry) -> None:
@@ -162,8 +165,7 @@ class NodeCache:
         with self._folder.claim(key) as claim:
             found = self._existing(key, shard)
             if found is not None:
-                # Another process fetched it while this one waited.
-                self._count("hits")
+                # Another process or thread fetched it while this one waited.
                 return found
             removed = self._folder.make_room(key, claim, shard.entry.bytes)
             self.release_evicted()
@@ -184,7 +186,7 @@ class NodeCache:
                 os.replace(incoming, self._folder.file(key, TAR))
             finally:
                 incoming.unlink(missing_ok=True)
-            self._count("misses")
+            self._count("fetched")
             self._count("fetched_bytes", shard.entry.bytes)
             return self._existing(key, shard)
 

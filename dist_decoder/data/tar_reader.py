@@ -11,7 +11,8 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, BinaryIO
@@ -24,6 +25,7 @@ from dist_decoder.data.cache import Entry, NodeCache
 from dist_decoder.data.sources import Shard, require_member
 from dist_decoder.errors import DataError, DistDecoderError, FormatError, StorageError
 from dist_decoder.storage import Storage
+from dist_decoder.token_dtypes import decode_tokens
 
 HEADER_BYTES = 512
 """A tar member's header stands in the block before its data."""
@@ -33,6 +35,8 @@ _MOST_JOINED_BYTES = 4 * 1024 * 1024
 """Longer spans leave the processor's cache before they are decoded."""
 _OPEN_FILES = 256
 _MAX_NPY_HEADER = 4096
+_REQUESTS = 16
+"""Shards of an object store that are asked for ranges at the same time."""
 
 Wanted = tuple[int, str]
 """(sample index within the shard, extension)."""
@@ -52,6 +56,7 @@ class TarReader:
         self._local = threading.local()
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
 
     def read(self, shard: Shard, wanted: Iterable[Wanted]) -> dict[Wanted, memoryview]:
         """Return the bytes of some members of a shard, in memory of their own.
@@ -85,6 +90,49 @@ class TarReader:
         places = {item: self._place(shard, item) for item in wanted}
         with self._explained(shard):
             yield from self._visit(shard, places, scratch=True)
+
+    def visit_all(
+        self, wanted: Sequence[tuple[Shard, Sequence[Wanted]]]
+    ) -> Iterator[tuple[int, Wanted, memoryview]]:
+        """Yield (place in ``wanted``, member, bytes), the bytes being good until the next one.
+
+        Requests to an object store are in flight for all shards at once.
+
+        Raises:
+            FormatError, StorageError: as ``read``.
+        """
+        if self._storage.path is not None or self._cache is not None or len(wanted) < 2:
+            for number, (shard, items) in enumerate(wanted):
+                for item, data in self.visit(shard, items):
+                    yield number, item, data
+            return
+        futures = []
+        for shard, items in wanted:
+            places = {item: self._place(shard, item) for item in items}
+            spans = _joined(places)
+            ranges = [(start, stop - start) for start, stop, _ in spans]
+            read = self._requests().submit(self._storage.read_ranges, shard.entry.name, ranges)
+            futures.append((shard, places, spans, read))
+        for number, (shard, places, spans, read) in enumerate(futures):
+            with self._explained(shard):
+                for (start, _, members), data in zip(spans, read.result(), strict=True):
+                    span = self._writable(data, scratch=True)
+                    for item in members:
+                        yield number, item, _cut(shard, item, span, start, *places[item])
+
+    def _requests(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_REQUESTS, "requests")
+            return self._pool
+
+    def close(self) -> None:
+        """Let go of files and threads; reading again opens new ones."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+            self._files.clear()
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _visit(
         self, shard: Shard, places: dict[Wanted, tuple[int, int]], scratch: bool
@@ -291,7 +339,7 @@ def _names(header: bytes, name: bytes) -> bool:
     return name == (prefix + b"/" + stem if prefix else stem)
 
 
-def decode_array(data: memoryview, where: str) -> NDArray[Any]:
+def decode_array(data: memoryview, place: Callable[[], str]) -> NDArray[Any]:
     """Return the array in the bytes of a ``.npy`` file, without copying it.
 
     Only floats, int8 and uint16 (the bits of bfloat16) are accepted; pickled objects never are.
@@ -301,56 +349,72 @@ def decode_array(data: memoryview, where: str) -> NDArray[Any]:
     """
     try:
         length = int.from_bytes(data[8:10], "little") + 10
-        if bytes(data[:6]) != npy_format.MAGIC_PREFIX or data[6] != 1:
-            raise ValueError("it does not start like a .npy file of version 1")
-        shape, fortran_order, dtype = _parse_header(bytes(data[:length]))
-        count = int(np.prod(shape, dtype=np.int64))
+        shape, fortran_order, dtype, count = _parse_header(bytes(data[:length]))
         flat = np.frombuffer(data, dtype, count, length)
     except (ValueError, IndexError) as error:
         raise FormatError(
-            f"{where}: not a .npy array ({error}); run `data-tools shard` again"
+            f"{place()}: not a .npy array ({error}); run `data-tools shard` again"
         ) from error
     return flat.reshape(shape, order="F" if fortran_order else "C")
 
 
 @lru_cache(maxsize=4096)
-def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     # Cached: a shard repeats a few headers thousands of times, and each costs an ast.literal_eval.
+    if header[:6] != npy_format.MAGIC_PREFIX or header[6] != 1:
+        raise ValueError("it does not start like a .npy file of version 1")
     shape, fortran_order, dtype = npy_format.read_array_header_1_0(
         io.BytesIO(header[8:]), max_header_size=_MAX_NPY_HEADER
     )
     if (dtype.kind != "f" or dtype.itemsize > 8) and dtype not in (np.int8, np.uint16):
         raise ValueError(f"dtype {dtype} instead of a float")
-    return shape, fortran_order, dtype
+    return shape, fortran_order, dtype, int(np.prod(shape, dtype=np.int64))
 
 
 def checked_array(
-    data: memoryview, shape: tuple[int, ...], shard: Shard, item: Wanted
+    data: memoryview, shape: tuple[int, ...], shard: Shard, item: Wanted, finite: bool = True
 ) -> NDArray[Any]:
     """Return the array of a member after checking shape and finiteness.
+
+    Args:
+        finite: False leaves the values to ``require_finite``, which may look at many at once.
 
     Raises:
         DataError: another shape than manifest and index promise, or a value that is not finite.
         FormatError: the bytes are no array.
     """
-    where = f"shard {shard.entry.name}, key {shard.index.samples[item[0]].key}, member {item[1]!r}"
-    array = decode_array(data, where)
+    array = decode_array(data, lambda: where(shard, item))
     if array.shape != shape:
         raise DataError(
-            f"{where}: shape {array.shape}, manifest and index say {shape}; run `data-tools"
-            " shard` again"
+            f"{where(shard, item)}: shape {array.shape}, manifest and index say {shape}; run"
+            " `data-tools shard` again"
         )
-    if not _all_finite(array):
-        bad = int(np.count_nonzero(~np.isfinite(array)))
-        raise DataError(
-            f"{where}: {bad} of {array.size} values are NaN or infinite; look at the subject with"
-            " `data-tools qc`, then run `data-tools shard` again"
-        )
+    if finite:
+        require_finite(array, shard, item)
     return array
 
 
-def _all_finite(array: NDArray[Any]) -> bool:
-    if array.dtype != np.float16:
-        return bool(np.isfinite(array).all())
+def require_finite(array: NDArray[Any], shard: Shard, item: Wanted) -> None:
+    """Raise DataError if a value of a member is not finite."""
+    if not all_finite(array):
+        wide = decode_tokens(array) if array.dtype == np.uint16 else array
+        bad = int(np.count_nonzero(~np.isfinite(wide)))
+        raise DataError(
+            f"{where(shard, item)}: {bad} of {array.size} values are NaN or infinite; look at the"
+            " subject with `data-tools qc`, then run `data-tools shard` again"
+        )
+
+
+def all_finite(array: NDArray[Any]) -> bool:
+    """Return whether all values are finite; those of uint16 are the bits of bfloat16."""
     # numpy widens half floats one by one; on their bits the same test runs ten times as fast.
-    return array.size == 0 or int((array.view(np.uint16) & 0x7C00).max()) != 0x7C00
+    if array.dtype == np.float16:
+        return array.size == 0 or int((array.view(np.uint16) & 0x7C00).max()) != 0x7C00
+    if array.dtype == np.uint16:
+        return array.size == 0 or int((array & 0x7F80).max()) != 0x7F80
+    return array.dtype == np.int8 or bool(np.isfinite(array).all())
+
+
+def where(shard: Shard, item: Wanted) -> str:
+    """Return the place of a member for messages."""
+    return f"shard {shard.entry.name}, key {shard.index.samples[item[0]].key}, member {item[1]!r}"

@@ -201,7 +201,7 @@ def npy(array: np.ndarray) -> memoryview:
 )
 def test_arrays_are_decoded_without_a_copy(array: np.ndarray) -> None:
     data = npy(array)
-    decoded = decode_array(data, "here")
+    decoded = decode_array(data, lambda: "here")
     np.testing.assert_array_equal(decoded, array)
     assert decoded.dtype == array.dtype
     assert array.size == 0 or np.shares_memory(decoded, np.frombuffer(data, np.uint8))
@@ -219,4 +219,4 @@ def test_arrays_are_decoded_without_a_copy(array: np.ndarray) -> None:
 )
 def test_bytes_that_are_no_array(data: memoryview, words: str) -> None:
     with pytest.raises(FormatError, match=f"here.*{words}"):
-        decode_array(data, "here")
+        decode_array(data, lambda: "here")
