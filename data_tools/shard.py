@@ -22,9 +22,9 @@ from data_tools.splits import Split, count_images, read_split, verify_split
 from data_tools.store import Store
 from data_tools.subject_rows import SubjectRows, read_subject
 from data_tools.synthesise import is_current
-from data_tools.synthetic_store import read_header
+from data_tools.synthetic_store import read_header, read_synthetic
 from data_tools.tar_shard import write_shard
-from data_tools.target_statistics import target_statistics
+from data_tools.target_statistics import target_statistics, token_error
 from dist_decoder import __version__
 from dist_decoder.config.base import fingerprint
 from dist_decoder.config.data import DataConfig
@@ -49,7 +49,7 @@ from dist_decoder.storage import (
     sha256_bytes,
 )
 
-_RECIPE_VERSION = 1
+_RECIPE_VERSION = 2
 """Raised when the same input would give other bytes."""
 
 
@@ -101,6 +101,12 @@ def describe_shard(result: dict[str, Any]) -> str:
         f"{result['rows']} rows; {result['written']} written, {result['kept']} kept",
         f"  manifest {result['manifest']}",
     ]
+    if result["tokens"]:
+        lines.append(
+            f"  tokens as {result['tokens']['dtype']}: relative error"
+            f" {result['tokens']['relative_error']:.2g}, at most"
+            f" {result['tokens']['max_abs_error']:.2g}"
+        )
     for name, count in result["dead_voxels"].items():
         lines.append(f"  {name}: {count} voxels without a value in some session or run; they are 0")
     for name, count in result["fallback"].items():
@@ -212,7 +218,8 @@ def _write_everything(
             categories[dataset] = tuple(sorted({c for one in todo for c in one.all_categories()}))
         with progress(f"shard {dataset}", sum(len(one.images) for one in todo)) as counter:
             sources += [_write_source(plan, folder, one, journal, counter) for one in todo]
-    targets = encode_npz(target_statistics(plan.embeddings, sorted(statistics_uids)))
+    uids = sorted(statistics_uids)
+    targets = encode_npz(target_statistics(plan.embeddings, uids))
     _write_file(folder, TARGETS_NAME, targets, files)
     facts = {name: plan.store.facts(name) for name in plan.datasets}
     manifest = Manifest(
@@ -222,6 +229,7 @@ def _write_everything(
             pooled_dim=plan.embeddings.pooled_dim,
             token_shape=plan.embeddings.token_shape,
         ),
+        tokens=token_error(plan.embeddings, uids, plan.config.shard.token_dtype),
         split=SplitEntry(
             policy=plan.split.policy,
             fingerprint=plan.split.fingerprint,
@@ -255,6 +263,9 @@ def _write_subject(
         "subject_mean_V": statistics.subject_mean_V,
         "subject_std_V": statistics.subject_std_V,
     }
+    if plan.config.synthesise.images_per_subject and not plan.split.is_holdout(dataset, subject):
+        synthetic = read_synthetic(plan.store.path, dataset, subject)
+        arrays["residual_std_V"] = synthetic.residual_std_V.astype(np.float32)
     _write_file(folder, file, encode_npz(arrays), files)
     return SubjectEntry(
         num_voxels=rows.voxels_NV.shape[1],
@@ -308,6 +319,7 @@ def _summary(manifest: Manifest, written: int, dead: dict[str, int]) -> dict[str
         "images": sum(one.num_images for one in manifest.sources),
         "rows": sum(sum(one.rows.values()) for one in manifest.sources),
         "bytes": sum(entry.bytes for entry in tars),
+        "tokens": None if manifest.tokens is None else manifest.tokens.model_dump(),
         "warnings": [note for note in manifest.notes if " leaks: " in note],
         "dead_voxels": {name: count for name, count in dead.items() if count},
         "fallback": {

@@ -23,6 +23,7 @@ from dist_decoder.errors import DataError, SplitError
 from dist_decoder.formats import RowInfo, SampleInfo, SplitName
 from dist_decoder.manifest import document_bytes, encode_npy
 from dist_decoder.rng import key64
+from dist_decoder.token_dtypes import encode_tokens
 
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test", "imagery")
 
@@ -172,7 +173,8 @@ def source_samples(
         # against the tokens they are small.
         members = [("json", document_bytes(info)), ("pooled.npy", encode_npy(pooled_ME[number]))]
         if tokens_MTD is not None:
-            members.append(("tokens.npy", encode_npy(tokens_MTD[number].astype(dtype))))
+            stored = encode_tokens(tokens_MTD[number], dtype)
+            members += [(name, encode_npy(array)) for name, array in stored.items()]
         for subject, rows in by_subject.items():
             members.append((f"{subject}.voxels.npy", encode_npy(rows.voxels_RV)))
         sessions = {

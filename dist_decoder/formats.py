@@ -112,8 +112,8 @@ class SubjectEntry(Section):
     """Sessions or runs without training rows, normalised by the named fallback."""
     statistics: str
     """File with ``unit_U`` (names), ``mean_UV``, ``std_UV``, ``subject_mean_V``,
-    ``subject_std_V`` (from training rows unless ``normalise`` is leaky), relative to
-    the manifest."""
+    ``subject_std_V`` (from training rows unless ``normalise`` is leaky) and, beside synthetic
+    rows, ``residual_std_V`` of their encoding model; relative to the manifest."""
     holdout: bool = False
     """True: joint training and statistics must not use this subject."""
     train_sessions: int | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, defaultdict
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ class StreamedSamples:
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, Wanted], NDArray[Any]] = OrderedDict()
         self._held_bytes = 0
+        self._large = {
+            name
+            for name, shape in members.shapes.items()
+            if 2 * int(np.prod(shape)) >= _LARGE_BYTES
+        }
         self._voxels_of_source = [voxel_member(source.subject) for source in members.sources]
 
     @property
@@ -43,7 +49,7 @@ class StreamedSamples:
 
     def gather(self, visits: Visits, out: Gathered) -> None:
         """Put the numbers of some visits, in their order, where ``empty_batch`` made room."""
-        batch = _Batch(self._members, visits, out)
+        batch = _Batch(self._members, visits, out, self._large)
         source_B, sample_B = visits.source_B.tolist(), visits.sample_B.tolist()
         reads: list[tuple[int, dict[Wanted, list[int]]]] = []
         for shard, here in groups(visits.shard_B):
@@ -94,19 +100,23 @@ class StreamedSamples:
 class _Batch:
     """A batch that fills up as members arrive, in any order."""
 
-    def __init__(self, members: Members, visits: Visits, out: Gathered) -> None:
+    def __init__(
+        self, members: Members, visits: Visits, out: Gathered, large: Set[str]
+    ) -> None:
         self._members = members
         self._visits = visits
+        self._large = large
         self._out = out
         self._targets = targets_of(out)
         self._target_of = {
             part: name for name, parts in members.parts.items() for part in parts
         }
         self._subject_B = np.empty(len(visits), object)
-        self._place_B = np.empty(len(visits), np.int64)
+        place_B = np.empty(len(visits), np.int64)
         for subject, here in members.of_subject(visits).items():
             self._subject_B[here] = subject
-            self._place_B[here] = np.arange(len(here))
+            place_B[here] = np.arange(len(here))
+        self._places = place_B.tolist()
         self._rows = visits.row_B.tolist()
         self._small: dict[str, NDArray[Any]] = {}
         self._small_voxels: dict[str, NDArray[Any]] = {}
@@ -119,7 +129,7 @@ class _Batch:
             self._use_voxels(array, positions)
             return
         name = self._target_of[extension]
-        if self._is_large(name):
+        if name in self._large:
             self._use_large(shard, item, array, positions, name)
             return
         values = self._small.get(extension)
@@ -130,9 +140,6 @@ class _Batch:
             values = self._small[extension] = values.astype(np.float32)
         for position in positions:
             values[position] = array
-
-    def _is_large(self, name: str) -> bool:
-        return 2 * int(np.prod(self._members.shapes[name])) >= _LARGE_BYTES
 
     def _use_large(
         self, shard: int, item: Wanted, array: NDArray[Any], positions: list[int], name: str
@@ -152,7 +159,7 @@ class _Batch:
 
     def _use_voxels(self, array: NDArray[Any], positions: list[int]) -> None:
         for position in positions:
-            subject, place = self._subject_B[position], int(self._place_B[position])
+            subject, place = self._subject_B[position], self._places[position]
             row = self._rows[position]
             if row == MEAN:
                 rows = self._members.rows_of(self._visits, position)
@@ -172,7 +179,7 @@ class _Batch:
         for extension, values in self._small.items():
             self._require_finite(values, extension)
         for name, target in self._targets.items():
-            if not self._is_large(name) and len(self._visits):
+            if name not in self._large and len(self._visits):
                 parts = {part: self._small[part] for part in self._members.parts[name]}
                 self._members.decode_(target, name, parts)
         for subject, values_bV in self._small_voxels.items():
@@ -187,7 +194,7 @@ class _Batch:
             if name in self._target_of:
                 array, extension = values[position], name
             elif self._subject_B[position] == name:
-                array, extension = values[self._place_B[position]], voxel_member(name)
+                array, extension = values[self._places[position]], voxel_member(name)
             else:
                 continue
             shard = self._members.shards[int(self._visits.shard_B[position])]
