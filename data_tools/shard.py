@@ -49,7 +49,7 @@ from dist_decoder.storage import (
     sha256_bytes,
 )
 
-_RECIPE_VERSION = 1
+_RECIPE_VERSION = 2
 """Raised when the same input would give other bytes."""
 
 

@@ -25,6 +25,7 @@ BASE = {
     "rng",
     "stats",
     "stimuli",
+    "tar_index",
     "torchvision_shim",
 }
 ROOMS_ABOVE_BASE = {"encoders", "data", "nn", "losses", "eval", "train", "adapt", "predict"}

@@ -76,6 +76,11 @@ def understand(error: BaseException) -> Failure:
             "the server answers a range with the whole object; use a server that knows ranges",
             final=True,
         )
+    if status == 416:
+        return Failure(
+            "the object ends before the range: it is truncated or was replaced; copy it again",
+            final=True,
+        )
     if status is not None and 400 <= status < 500 and status not in _ASK_AGAIN:
         return Failure(
             f"the server refused: {_first_line(error)}; check URL, region and endpoint",
