@@ -44,12 +44,16 @@ def read_manifest(storage: Storage) -> Manifest:
             version.
     """
     where = f"{storage.describe()}/{MANIFEST_NAME}"
-    if not storage.exists(MANIFEST_NAME):
+    try:
+        data = storage.read(MANIFEST_NAME)
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
         raise FormatError(
             f"{where} does not exist: the folder holds no shards, or `data-tools shard` was"
             " interrupted; run it again"
-        )
-    return _parse(Manifest, storage.read(MANIFEST_NAME), where)
+        ) from error
+    return _parse(Manifest, data, where)
 
 
 def write_manifest(storage: Storage, manifest: Manifest) -> None:

@@ -66,8 +66,9 @@ def understand(error: BaseException) -> Failure:
     if isinstance(error, FileNotFoundError):
         return Failure("does not exist", final=True, missing=True)
     kind = type(error).__name__
-    if kind in ("PermissionDeniedError", "UnauthenticatedError"):
-        reason = f"{code}: {_DENIED}" if code else f"{status or kind}: {_DENIED}"
+    # Lists are refused by an error of no special kind.
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in (401, 403):
+        reason = f"{without_secrets(code)}: {_DENIED}" if code else f"{status or kind}: {_DENIED}"
         return Failure(reason, final=True, unexplained=code is None)
     if kind == "PreconditionError":
         return Failure("the object was replaced while it was read; start again", final=True)
