@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from dist_decoder.config.commandline import add_verb, make_app, run_app
 from dist_decoder.config.data import DataConfig
+from dist_decoder.config.loader import BenchConfig, SimulateConfig
 
 app = make_app("data-tools", "Turn raw fMRI datasets into one store and into training shards.")
 
@@ -126,6 +127,30 @@ add_verb(
     "data-tools qc configs/data/demo.yaml",
     render=_lazily("data_tools.qc:describe_qc"),
     sections=("output", "datasets"),
+)
+
+# Both measure the library's own loader: its code is named here and imported when called.
+add_verb(
+    app,
+    "bench",
+    BenchConfig,
+    "dist_decoder.data.bench:bench",
+    "Measure the loader of a training configuration.\n\n"
+    "Beside plain WebDataset and a raw sequential read, in one run. Example:\n\n"
+    "data-tools bench configs/train/demo.yaml data.workers=2 bench.cold=true",
+    render=_lazily("dist_decoder.data.bench:describe_bench"),
+    sections=("data", "seed", "rank", "world_size", "bench"),
+)
+add_verb(
+    app,
+    "simulate-order",
+    SimulateConfig,
+    "dist_decoder.data.simulate:simulate_order",
+    "Print what a rank of a training run would read.\n\n"
+    "From manifest and indexes alone; no shard is opened. Example:\n\n"
+    "data-tools simulate-order configs/train/demo.yaml rank=1 world_size=4 steps=100..102",
+    render=_lazily("dist_decoder.data.simulate:describe_order"),
+    sections=("data", "seed", "rank", "world_size", "steps"),
 )
 
 

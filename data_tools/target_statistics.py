@@ -84,9 +84,7 @@ def token_error(
     return TokensEntry(dtype=dtype, max_abs_error=largest, relative_error=rms / scale)
 
 
-def _batches(
-    embeddings: EmbeddingStore, name: str, uids: Sequence[str]
-) -> list[Sequence[str]]:
+def _batches(embeddings: EmbeddingStore, name: str, uids: Sequence[str]) -> list[Sequence[str]]:
     width = embeddings.pooled_dim if name == "pooled" else np.prod(embeddings.token_shape or ())
     size = max(_BATCH_BYTES // (8 * int(width)), 1)
     return [uids[start : start + size] for start in range(0, len(uids), size)]

@@ -199,6 +199,7 @@ def _job(
             start_step,
             allow_holdout=True,
             targets=needed,
+            pinned=world.device.type == "cuda",
         )
 
     return Job(

@@ -63,6 +63,8 @@ class IndexSample(Section):
     """Extension -> (offset of the data in the tar, size), bytes."""
     sessions: dict[str, tuple[int, ...]]
     """Per subject name the session of each row, so that order and limits need no tar."""
+    crc32: dict[str, int] = {}
+    """Extension -> CRC-32 (zlib) of the data; indexes of earlier versions have none."""
 
 
 class ShardIndex(Section):

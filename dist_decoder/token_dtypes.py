@@ -1,8 +1,8 @@
 """Tokens in fewer bits: float16, the bits of bfloat16, or int8 with a scale per token.
 
 ``.npy`` knows no bfloat16, so its 16 bits are stored as uint16; every client can read them, and
-``array.view(torch.bfloat16)`` or ``decode_tokens`` gives them their meaning. Axes: T tokens, D width,
-... any leading axes.
+``array.view(torch.bfloat16)`` or ``decode_tokens`` gives them their meaning. Axes: T tokens, D
+width.
 """
 
 from __future__ import annotations

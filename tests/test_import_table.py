@@ -25,6 +25,7 @@ BASE = {
     "rng",
     "stats",
     "stimuli",
+    "tar_index",
     "token_dtypes",
     "torchvision_shim",
 }

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import timedelta
 from itertools import cycle
 from statistics import median
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 import webdataset
 
 from dist_decoder.config.loader import BenchConfig
+from dist_decoder.config.storage import StorageConfig
 from dist_decoder.data.loader import Loader
 from dist_decoder.data.reader import BatchReader
 from dist_decoder.data.sources import Shard
 from dist_decoder.errors import ConfigError
 from dist_decoder.storage import Storage
+from dist_decoder.storage.client import open_client
 from dist_decoder.token_dtypes import TOKENS, TOKENS_SCALE
 
 _BLOCK_BYTES = 8 << 20
@@ -52,7 +55,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             "webdataset": lambda: webdataset_samples(loader.reader),
             "raw": lambda: raw_pieces(loader.reader.storage, shards),
         }
-        wait_s = spent_s = 0.0
+        loader.waited_s = spent_s = 0.0
         for _ in range(options.rounds):
             for name, start in peers.items():
                 if options.cold:
@@ -120,7 +123,7 @@ def webdataset_samples(reader: BatchReader) -> Iterator[tuple[int, int]]:
                 statistics.pooled_scale
             )
             if mean_TD is not None and TOKENS in arrays:
-                _wide(arrays).sub_(mean_TD).div_(statistics.tokens_scale)
+                _wide(arrays).sub_(mean_TD).div_(statistics.tokens_scale or 1.0)
             yield rows, sum(array.nbytes for array in arrays.values())
 
 
@@ -137,7 +140,25 @@ def _wide(arrays: dict[str, np.ndarray]) -> torch.Tensor:
 def _url_for_webdataset(storage: Storage, shard: Shard) -> str:
     if storage.path is not None:
         return str(storage.path / shard.entry.name)
-    return f"pipe:curl -sf '{storage.signed_url(shard.entry.name)}'"
+    return f"pipe:curl -sf '{signed_url(storage, shard.entry.name)}'"
+
+
+def signed_url(storage: Storage, name: str) -> str:
+    """Return a URL by which curl reads an object for the next hours.
+
+    Raises:
+        ConfigError: the store cannot sign.
+    """
+    if storage.describe().startswith("http"):
+        return f"{storage.describe()}/{name}"
+    import obstore
+
+    client = open_client(storage.describe(), StorageConfig(), retrying=False)
+    try:
+        url: str = obstore.sign(client, "GET", name, timedelta(hours=6))
+    except (obstore.exceptions.BaseError, TypeError) as error:
+        raise ConfigError(f"{storage.describe()} signs no URLs for WebDataset: {error}") from error
+    return url
 
 
 def raw_pieces(storage: Storage, shards: tuple[Shard, ...]) -> Iterator[tuple[int, int]]:

@@ -10,30 +10,25 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import threading
 import time
 import warnings
-import zlib
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from dist_decoder.config.train import CacheConfig
-from dist_decoder.data.cache_folder import CRC, INCOMING, TAR, CacheFolder
+from dist_decoder.data.cache_folder import INCOMING, TAR, CacheFolder
 from dist_decoder.data.sources import Shard
-from dist_decoder.errors import FormatError, StorageError
-from dist_decoder.storage import Storage, atomic_write_bytes
+from dist_decoder.errors import StorageError
+from dist_decoder.storage import Storage
 
 _OPEN_FILES = 64
 _TOUCH_S = 10.0
 """The time of last use of an entry is written at most so often."""
 _RETRY_S = 60.0
 """After the disk was full or refused a write, shards are read through for so long."""
-_MAGIC = b"DDCRC-32"
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
@@ -43,8 +38,6 @@ class Entry:
 
     file: BinaryIO
     inode: int
-    crcs: dict[int, int]
-    """Offset of a member -> CRC-32 of its data."""
     touched: float = 0.0
 
 
@@ -131,16 +124,14 @@ class NodeCache:
     def _existing(self, key: str, shard: Shard) -> Entry | None:
         try:
             file = self._folder.file(key, TAR).open("rb", buffering=0)
-            data = self._folder.file(key, CRC).read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
             self._give_up(error)
             return None
         stat = os.fstat(file.fileno())
-        crcs = _read_crcs(data)
-        entry = Entry(file, stat.st_ino, crcs or {})  # type: ignore[arg-type]
-        if stat.st_size != shard.entry.bytes or crcs is None:
+        entry = Entry(file, stat.st_ino)  # type: ignore[arg-type]
+        if stat.st_size != shard.entry.bytes:
             self.damaged(shard, entry)
             return None
         self._touch(entry)
@@ -182,7 +173,6 @@ class NodeCache:
                 self._storage.download(
                     shard.entry.name, incoming, shard.entry.sha256, shard.entry.bytes
                 )
-                atomic_write_bytes(self._folder.file(key, CRC), _crcs_of(incoming, shard))
                 os.replace(incoming, self._folder.file(key, TAR))
             finally:
                 incoming.unlink(missing_ok=True)
@@ -217,34 +207,5 @@ class NodeCache:
 
 
 def key_of(shard: Shard) -> str:
-    """Return the name of a shard in the cache: its bytes and those of its index."""
-    return f"{shard.entry.sha256}-{shard.entry.index_sha256[:16]}"
-
-
-def _crcs_of(path: Path, shard: Shard) -> bytes:
-    """Return the checksums of all members of a tar as the bytes of its ``.crc`` file."""
-    places = sorted(set(place for one in shard.index.samples for place in one.members.values()))
-    values = []
-    with path.open("rb") as file:
-        for offset, size in places:
-            file.seek(offset)
-            data = file.read(size)
-            if len(data) != size:
-                raise FormatError(
-                    f"shard {shard.entry.name} ends before byte {offset + size}, where its index"
-                    " puts a member; run `data-tools shard` again"
-                )
-            values.append((offset, zlib.crc32(data)))
-    table = np.array(values, "<u8").reshape(-1, 2).tobytes()
-    return _MAGIC + struct.pack("<I", zlib.crc32(table)) + table
-
-
-def _read_crcs(data: bytes) -> dict[int, int] | None:
-    """Return the checksums in a ``.crc`` file by offset, or None if it is damaged."""
-    table = data[len(_MAGIC) + 4 :]
-    if data[: len(_MAGIC)] != _MAGIC or len(table) % 16 or len(data) < len(_MAGIC) + 4:
-        return None
-    if struct.unpack_from("<I", data, len(_MAGIC))[0] != zlib.crc32(table):
-        return None
-    pairs = np.frombuffer(table, "<u8").reshape(-1, 2)
-    return dict(zip(pairs[:, 0].tolist(), pairs[:, 1].tolist(), strict=True))
+    """Return the name of a shard in the cache: its bytes."""
+    return shard.entry.sha256

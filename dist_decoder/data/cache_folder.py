@@ -1,12 +1,11 @@
 """The folder of a node's shard cache: entries, claims, limit and eviction, over processes and jobs.
 
     <key>.tar       a whole shard; there only when complete and checked
-    <key>.crc       CRC-32 of its members
     <key>.claim     held (flock) by the process that is fetching the shard; its size in bytes
     <key>.incoming  the shard on its way in
     .lock           held (flock) while sizes are added up and entries are removed
 
-A key names the bytes (sha256 of tar and index), so that jobs with the same shards share them from
+A key names the bytes (their sha256), so that jobs with the same shards share them from
 wherever they come. A claim counts with its full size from the start. What a killed process left
 is recognised by its claim, which nobody holds any more.
 """
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-TAR, CRC, CLAIM, INCOMING = ".tar", ".crc", ".claim", ".incoming"
+TAR, CLAIM, INCOMING = ".tar", ".claim", ".incoming"
 
 
 class CacheFolder:
@@ -67,7 +66,7 @@ class CacheFolder:
         """
         with self._locked():
             files = self._files()
-            for kind in (TAR, CRC, INCOMING):
+            for kind in (TAR, INCOMING):
                 if files.get(key, {}).pop(kind, None) is not None:
                     self.file(key, kind).unlink(missing_ok=True)
             entries: list[tuple[int, int, str]] = []
@@ -80,12 +79,12 @@ class CacheFolder:
                     if held is not None:
                         total += held
                         continue
-                if TAR not in found or CRC not in found:
+                if TAR not in found:
                     self._remove(other)
                     continue
                 stat = found[TAR]
-                total += stat.st_size + found[CRC].st_size
-                entries.append((stat.st_mtime_ns, stat.st_size + found[CRC].st_size, other))
+                total += stat.st_size
+                entries.append((stat.st_mtime_ns, stat.st_size, other))
             entries.sort()
             if total - sum(bytes_ for _, bytes_, _ in entries) > self.max_bytes:
                 return None
@@ -116,7 +115,7 @@ class CacheFolder:
             total = 0
             for key, found in self._files().items():
                 held = self._size_of_claim(key) if CLAIM in found else None
-                sizes = (stat.st_size for kind, stat in found.items() if kind in (TAR, CRC))
+                sizes = (stat.st_size for kind, stat in found.items() if kind == TAR)
                 total += held if held is not None else sum(sizes)
             return total
 
@@ -160,7 +159,7 @@ class CacheFolder:
         return None
 
     def _remove(self, key: str) -> None:
-        for kind in (TAR, CRC, INCOMING):
+        for kind in (TAR, INCOMING):
             self.file(key, kind).unlink(missing_ok=True)
             self.path.joinpath(f".{key}{kind}.partial").unlink(missing_ok=True)
 

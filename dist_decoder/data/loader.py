@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from dist_decoder.batch import Batch
 from dist_decoder.config.train import SourcesConfig
@@ -67,6 +68,8 @@ class Loader:
         self.order = self.reader.order
         self.step = start_step
         """The next step that iterating gives."""
+        self.waited_s = 0.0
+        """Seconds that callers waited for batches so far."""
         self._config = config
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[tuple[int, Future[Batch]]] = deque()
@@ -103,11 +106,30 @@ class Loader:
         else:
             batch = self._from_processes()
         self.step += 1
-        return replace(batch, wait_s=time.perf_counter() - started)
+        waited_s = time.perf_counter() - started
+        self.waited_s += waited_s
+        return replace(batch, wait_s=waited_s)
 
     def read(self, step: int) -> Batch:
         """Return this rank's batch of any step; iterating is not affected."""
         return self.reader.read(step)
+
+    def counters(self) -> dict[str, dict[str, Any]]:
+        """Return what was asked of the ``cache`` and of files or location (``requests``).
+
+        Of several processes counts are added, and the slowest one's latencies stand for all.
+        """
+        parts = [self.reader.counters()]
+        if self._processes is not None:
+            parts += self._processes.counters()
+        found: dict[str, dict[str, Any]] = {"cache": {}, "requests": {}}
+        for kind, totals in found.items():
+            for part in parts:
+                for name, value in part[kind].items():
+                    slower = name.startswith("latency")
+                    before = totals.get(name, 0)
+                    totals[name] = max(before, value) if slower else before + value
+        return found
 
     def _fetch_ahead(self) -> None:
         cache, config = self.reader.cache, self._config.cache

@@ -41,12 +41,10 @@ class Prefetch:
     def advance(self, step: int) -> None:
         """Ask for what the steps from ``step`` on read, as far as the budget goes."""
         self._looked = max(self._looked, step)
-        for shard, first in list(self._seen.items()):
-            if first < step:
-                del self._seen[shard]
-        for shard, future in list(self._running.items()):
-            if future.done():
-                del self._running[shard]
+        self._seen = {index: first for index, first in self._seen.items() if first >= step}
+        self._running = {
+            index: future for index, future in self._running.items() if not future.done()
+        }
         for index, first in self._upcoming(step):
             if index not in self._running:
                 shard = self._order.shards[index]

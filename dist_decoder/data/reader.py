@@ -6,7 +6,8 @@ Everything that computes batches owns one: the training process, or each of its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,9 +118,7 @@ class BatchReader:
         return Batch(
             step=step,
             global_size=self.order.batch_size,
-            positions_B=torch.arange(
-                self.positions.start, self.positions.stop, dtype=torch.int64
-            ),
+            positions_B=torch.arange(self.positions.start, self.positions.stop, dtype=torch.int64),
             voxels=gathered.voxels,
             rows=gathered.rows,
             subjects=tuple(self._subjects[source] for source in visits.source_B.tolist()),
@@ -129,6 +128,14 @@ class BatchReader:
             pooled_BE=gathered.pooled_BE,
             tokens_BTD=gathered.tokens_BTD,
         )
+
+    def counters(self) -> dict[str, dict[str, Any]]:
+        """Return what this process asked of the ``cache`` and of files or location
+        (``requests``)."""
+        return {
+            "cache": {} if self.cache is None else dict(self.cache.counters),
+            "requests": asdict(self.members.reader.counters()),
+        }
 
     def close(self) -> None:
         """Let go of files and request threads; reading again opens them."""
@@ -175,9 +182,7 @@ class BatchReader:
                 continue
             std_V = self._noise[subject]
             positions = [self.positions[int(rows[place])] for place in noisy]
-            draws = sample_normal(
-                self.spec.seed, "synthetic noise", step, positions, (len(std_V),)
-            )
+            draws = sample_normal(self.spec.seed, "synthetic noise", step, positions, (len(std_V),))
             gathered.voxels[subject][torch.from_numpy(noisy)] += scale * std_V * draws
 
 

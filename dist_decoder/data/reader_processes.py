@@ -136,7 +136,7 @@ class ReaderProcesses:
         return self._reader.batch(step, visits, self._reader.place(visits, held))
 
     def counters(self) -> list[dict[str, Any]]:
-        """Return what each reader counted: ``cache`` and ``storage``."""
+        """Return what each reader counted, as ``BatchReader.counters``."""
         found = []
         for worker in self._workers:
             worker.ask(_COUNTERS, -1)
@@ -167,9 +167,7 @@ class ReaderProcesses:
 class _Worker:
     """One reader process and the pipe to it."""
 
-    def __init__(
-        self, context: Any, spec: ReaderSpec, blocks: list[Tensor], number: int
-    ) -> None:
+    def __init__(self, context: Any, spec: ReaderSpec, blocks: list[Tensor], number: int) -> None:
         self.number = number
         self.connection, theirs = context.Pipe()
         # Daemons end with this process; if it is killed, the end of the pipe tells them.
@@ -191,7 +189,11 @@ class _Worker:
         code = self._process.exitcode
         if code is None:
             self._process.kill()
-        end = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended ({code})"
+        end = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code and code < 0
+            else f"ended ({code})"
+        )
         self.connection.close()
         return f"reader process {self.number} (pid {self._process.pid}) {end}"
 
@@ -218,9 +220,7 @@ def _serve(connection: Connection, spec: ReaderSpec, blocks: list[Tensor]) -> No
             if reader is None:
                 reader = BatchReader(spec)
             if step == _COUNTERS:
-                cache = {} if reader.cache is None else dict(reader.cache.counters)
-                storage = dataclasses.asdict(reader.storage.counters())
-                connection.send((step, {"cache": cache, "storage": storage}))
+                connection.send((step, reader.counters()))
                 continue
             reader.fill(step, reader.visits(step), blocks[index])
             connection.send((step, None))

@@ -141,7 +141,9 @@ class ResidentSamples:
             self._load(index)
         sample_B = self._first_sample[visits.shard_B] + visits.sample_B
         for name, target in targets_of(out).items():
-            parts = {part: _rows(self._arrays[part], sample_B) for part in self._members.parts[name]}
+            parts = {
+                part: _rows(self._arrays[part], sample_B) for part in self._members.parts[name]
+            }
             self._members.decode_(target, name, parts)
         for subject, here in self._members.of_subject(visits).items():
             first_b, row_b = self._first_row[subject][sample_B[here]], visits.row_B[here]

@@ -81,7 +81,9 @@ class StreamedSamples:
 
     def _use_held(self, shard: int, wanted: dict[Wanted, list[int]], batch: _Batch) -> None:
         with self._lock:
-            held = {item: self._cache[shard, item] for item in wanted if (shard, item) in self._cache}
+            held = {
+                item: self._cache[shard, item] for item in wanted if (shard, item) in self._cache
+            }
             for item in held:
                 self._cache.move_to_end((shard, item))
         for item, array in held.items():
@@ -100,17 +102,13 @@ class StreamedSamples:
 class _Batch:
     """A batch that fills up as members arrive, in any order."""
 
-    def __init__(
-        self, members: Members, visits: Visits, out: Gathered, large: Set[str]
-    ) -> None:
+    def __init__(self, members: Members, visits: Visits, out: Gathered, large: Set[str]) -> None:
         self._members = members
         self._visits = visits
         self._large = large
         self._out = out
         self._targets = targets_of(out)
-        self._target_of = {
-            part: name for name, parts in members.parts.items() for part in parts
-        }
+        self._target_of = {part: name for name, parts in members.parts.items() for part in parts}
         self._subject_B = np.empty(len(visits), object)
         place_B = np.empty(len(visits), np.int64)
         for subject, here in members.of_subject(visits).items():

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import threading
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from dist_decoder.data.cache import Entry, NodeCache
 from dist_decoder.data.sources import Shard, require_member
 from dist_decoder.errors import DataError, DistDecoderError, FormatError, StorageError
 from dist_decoder.storage import Storage
+from dist_decoder.storage.counters import Counters, RequestLog
 from dist_decoder.token_dtypes import decode_tokens
 
 HEADER_BYTES = 512
@@ -34,6 +36,8 @@ _JOIN_GAP_BYTES = 256 * 1024
 _MOST_JOINED_BYTES = 4 * 1024 * 1024
 """Longer spans leave the processor's cache before they are decoded."""
 _OPEN_FILES = 256
+_FETCHES = 3
+"""Answers until bytes that do not fit the checksum are taken for what the store holds."""
 _MAX_NPY_HEADER = 4096
 _REQUESTS = 16
 """Shards of an object store that are asked for ranges at the same time."""
@@ -57,6 +61,12 @@ class TarReader:
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
+        self._log = RequestLog()
+
+    def counters(self) -> Counters:
+        """Return what was read: of local files, or else of the location."""
+        local = self._log.snapshot()
+        return local if local.requests else self._storage.counters()
 
     def read(self, shard: Shard, wanted: Iterable[Wanted]) -> dict[Wanted, memoryview]:
         """Return the bytes of some members of a shard, in memory of their own.
@@ -76,9 +86,7 @@ class TarReader:
                 return {item: _cut(shard, item, whole, 0, *at) for item, at in places.items()}
             return dict(self._visit(shard, places, scratch=False))
 
-    def visit(
-        self, shard: Shard, wanted: Iterable[Wanted]
-    ) -> Iterator[tuple[Wanted, memoryview]]:
+    def visit(self, shard: Shard, wanted: Iterable[Wanted]) -> Iterator[tuple[Wanted, memoryview]]:
         """Yield (member, bytes) in the order of the tar; the bytes are good until the next one.
 
         The memory is a thread's own and stays in the processor's cache, where fresh memory would
@@ -115,10 +123,10 @@ class TarReader:
             futures.append((shard, places, spans, read))
         for number, (shard, places, spans, read) in enumerate(futures):
             with self._explained(shard):
-                for (start, _, members), data in zip(spans, read.result(), strict=True):
-                    span = self._writable(data, scratch=True)
+                for (start, _, members), answer in zip(spans, read.result(), strict=True):
+                    span = self._writable(answer, scratch=True)
                     for item in members:
-                        yield number, item, _cut(shard, item, span, start, *places[item])
+                        yield number, item, self._intact(shard, item, span, start, *places[item])
 
     def _requests(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -142,11 +150,9 @@ class TarReader:
             yield from self._cached(shard, entry, places, scratch)
             return
         spans = _joined(places)
-        for (start, _, items), span in zip(
-            spans, self._spans(shard, spans, scratch), strict=True
-        ):
+        for (start, _, items), span in zip(spans, self._spans(shard, spans, scratch), strict=True):
             for item in items:
-                yield item, _cut(shard, item, span, start, *places[item])
+                yield item, self._intact(shard, item, span, start, *places[item])
 
     def _cached(
         self,
@@ -161,18 +167,11 @@ class TarReader:
         for start, stop, items in _joined(places):
             try:
                 span = self._read_file(entry.file, shard, start, stop - start, scratch)
+                for item in items:
+                    data = self._of_cache(shard, item, span, start, *places[item])
+                    del left[item]
+                    yield item, data
             except (OSError, FormatError):
-                break
-            good = True
-            for item in items:
-                offset, size = places[item]
-                data = span[offset - start : offset - start + size]
-                if self._cache.checks_reads and zlib.crc32(data) != entry.crcs.get(offset):
-                    good = False
-                    break
-                del left[item]
-                yield item, data
-            if not good:
                 break
         if left:
             self._cache.damaged(shard, entry)
@@ -184,7 +183,24 @@ class TarReader:
                 else:
                     span = self._read_file(again.file, shard, start, stop - start, scratch)
                 for item in items:
-                    yield item, _cut(shard, item, span, start, *left[item])
+                    if again is None:
+                        yield item, self._intact(shard, item, span, start, *left[item])
+                    else:
+                        yield item, self._of_cache(shard, item, span, start, *left[item])
+
+    def _of_cache(
+        self, shard: Shard, item: Wanted, span: memoryview, span_start: int, offset: int, size: int
+    ) -> memoryview:
+        """Return a member of a cached shard, whose sha256 was right when it came in."""
+        assert self._cache is not None
+        data = span[offset - span_start : offset - span_start + size]
+        crc = shard.index.samples[item[0]].crc32.get(item[1])
+        if self._cache.checks_reads and crc is not None and zlib.crc32(data) != crc:
+            raise FormatError(
+                f"{where(shard, item)} has not the CRC-32 of the index in the cache, again right"
+                " after it was fetched: test the disk of data.cache.folder"
+            )
+        return data
 
     def release_evicted(self) -> None:
         """Let go of cached shards that were removed since."""
@@ -206,13 +222,40 @@ class TarReader:
         return members[item[1]]
 
     def _whole(self, shard: Shard) -> memoryview:
-        data = self._fetch(shard, 0, shard.index.tar_bytes, scratch=False)
-        if hashlib.sha256(data).hexdigest() != shard.entry.sha256:
-            raise FormatError(
-                f"shard {shard.entry.name}: sha256 is not that of the manifest; copy the file"
-                " again, or run `data-tools shard` again"
-            )
-        return data
+        # From an object store bytes may be damaged on the way: another answer tells.
+        for _ in range(1 if self._storage.path is not None else _FETCHES):
+            data = self._fetch(shard, 0, shard.index.tar_bytes, scratch=False)
+            if hashlib.sha256(data).hexdigest() == shard.entry.sha256:
+                return data
+        raise FormatError(
+            f"shard {shard.entry.name}: sha256 is not that of the manifest; copy the file"
+            " again, or run `data-tools shard` again"
+        )
+
+    def _intact(
+        self, shard: Shard, item: Wanted, span: memoryview, span_start: int, offset: int, size: int
+    ) -> memoryview:
+        """Return a member out of a span; from an object store, with the CRC-32 of the index."""
+        crc = shard.index.samples[item[0]].crc32.get(item[1])
+        if self._storage.path is not None or crc is None:
+            return _cut(shard, item, span, span_start, offset, size)
+        data = span[offset - span_start : offset - span_start + size]
+        for _ in range(_FETCHES - 1):
+            if zlib.crc32(data) == crc:
+                return data
+            # Damaged on the way or at rest: another answer tells which. In memory of its own: the
+            # span holds other members still.
+            data = self._fetch(shard, offset, size, scratch=False)
+        if zlib.crc32(data) == crc:
+            return data
+        # Names the member if tar and index do not belong together.
+        block = self._fetch(shard, offset - HEADER_BYTES, HEADER_BYTES + size, scratch=False)
+        _cut(shard, item, block, offset - HEADER_BYTES, offset, size)
+        raise FormatError(
+            f"shard {shard.entry.name}, key {shard.index.samples[item[0]].key}: member"
+            f" {item[1]!r} has not the CRC-32 of the index, {_FETCHES} times; the tar is damaged:"
+            " copy it again or run `data-tools shard` again"
+        )
 
     def _spans(
         self, shard: Shard, spans: Sequence[tuple[int, int, list[Wanted]]], scratch: bool
@@ -250,6 +293,7 @@ class TarReader:
         self, file: BinaryIO, shard: Shard, offset: int, size: int, scratch: bool
     ) -> memoryview:
         data, done = self._memory(size, scratch), 0
+        started = time.perf_counter()
         while done < size:
             # One call returns at most 2 GiB, and less when a signal arrives.
             count = os.preadv(file.fileno(), [data[done:]], offset + done)
@@ -259,6 +303,8 @@ class TarReader:
                     " while it was being read; run `data-tools shard` again"
                 )
             done += count
+        self._log.add(requests=1, bytes_read=size)
+        self._log.answered(time.perf_counter() - started)
         return data
 
     def _file(self, shard: Shard) -> BinaryIO:

@@ -66,14 +66,20 @@ def understand(error: BaseException) -> Failure:
     if isinstance(error, FileNotFoundError):
         return Failure("does not exist", final=True, missing=True)
     kind = type(error).__name__
-    if kind in ("PermissionDeniedError", "UnauthenticatedError"):
-        reason = f"{code}: {_DENIED}" if code else f"{status or kind}: {_DENIED}"
+    # Lists are refused by an error of no special kind.
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in (401, 403):
+        reason = f"{without_secrets(code)}: {_DENIED}" if code else f"{status or kind}: {_DENIED}"
         return Failure(reason, final=True, unexplained=code is None)
     if kind == "PreconditionError":
         return Failure("the object was replaced while it was read; start again", final=True)
     if "non-partial response" in whole:
         return Failure(
             "the server answers a range with the whole object; use a server that knows ranges",
+            final=True,
+        )
+    if status == 416:
+        return Failure(
+            "the object ends before the range: it is truncated or was replaced; copy it again",
             final=True,
         )
     if status is not None and 400 <= status < 500 and status not in _ASK_AGAIN:

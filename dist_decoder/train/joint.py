@@ -117,7 +117,15 @@ def _job(config: TrainConfig, world: World) -> Job:
         classes = class_terms(config.loss, decoder, map(reader, subjects), None)
 
     def batches(start_step: int, needed: tuple[TargetName, ...]) -> Loader:
-        return Loader(config.data, config.seed, world.rank, world.size, start_step, targets=needed)
+        return Loader(
+            config.data,
+            config.seed,
+            world.rank,
+            world.size,
+            start_step,
+            targets=needed,
+            pinned=world.device.type == "cuda",
+        )
 
     return Job(
         folder=config.run,
