@@ -286,6 +286,45 @@ def test_synthetic_rows(tmp_path: Path) -> None:
         assert synthetic == 48
 
 
+@pytest.mark.parametrize("token_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("cache_mb", [64, 0.002, 0])
+def test_tokens_in_fewer_bits(tmp_path: Path, token_dtype: str, cache_mb: float) -> None:
+    made = write_shards(tmp_path, token_dtype=token_dtype)
+    loader = open_loader(made, cache_mb=cache_mb)
+    for _ in range(12):
+        batch = next(loader)
+        assert batch.tokens_BTD is not None
+        for position, uid in enumerate(batch.image_uids):
+            wanted = made.tokens[uid] - made.statistics["tokens_mean_TD"]
+            got = batch.tokens_BTD[position].numpy()
+            np.testing.assert_array_equal(got, wanted / made.statistics["tokens_scale"])
+
+
+def test_large_tokens_in_fewer_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_decoder.data.streamed._LARGE_BYTES", 8)
+    test_tokens_in_fewer_bits(tmp_path / "a", "int8", 0)
+    test_tokens_in_fewer_bits(tmp_path / "b", "bfloat16", 0)
+    test_tokens_in_fewer_bits(tmp_path / "c", "int8", 0.002)
+
+
+def test_tokens_of_another_dtype_than_the_manifest_says(tmp_path: Path) -> None:
+    made = write_shards(tmp_path, token_dtype="bfloat16")
+    edit_manifest(tmp_path, tokens={"dtype": "float16", "max_abs_error": 0, "relative_error": 0})
+    with pytest.raises(DataError, match=r"'tokens.npy': dtype uint16, the manifest says a float"):
+        next(open_loader(made, cache_mb=0))
+
+
+def test_targets_travel_as_bfloat16(made: HandMade) -> None:
+    plain, short = next(open_loader(made)), next(open_loader(made, target_dtype="bfloat16"))
+    for name in ("pooled_BE", "tokens_BTD"):
+        wide, half = getattr(plain, name), getattr(short, name)
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(half, wide.to(torch.bfloat16))
+        there = getattr(short.to(torch.device("cpu")), name)
+        assert there.dtype == torch.float32
+        assert torch.equal(there, half.float())
+
+
 def test_image_ids_are_positive_and_fixed() -> None:
     # blake2b of the uid, first 8 bytes, big endian, shifted by one bit.
     assert image_ids(["coco:123", "coco:124"]).tolist() == [
