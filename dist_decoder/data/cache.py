@@ -16,10 +16,10 @@ import warnings
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from dist_decoder.config.train import CacheConfig
 from dist_decoder.data.cache_folder import INCOMING, TAR, CacheFolder
+from dist_decoder.data.open_file import OpenFile
 from dist_decoder.data.sources import Shard
 from dist_decoder.errors import StorageError
 from dist_decoder.storage import Storage
@@ -36,7 +36,7 @@ _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 class Entry:
     """An open shard of the cache: its file stays readable when the entry is removed."""
 
-    file: BinaryIO
+    file: OpenFile
     inode: int
     touched: float = 0.0
 
@@ -123,14 +123,14 @@ class NodeCache:
 
     def _existing(self, key: str, shard: Shard) -> Entry | None:
         try:
-            file = self._folder.file(key, TAR).open("rb", buffering=0)
+            file = OpenFile(self._folder.file(key, TAR))
         except FileNotFoundError:
             return None
         except OSError as error:
             self._give_up(error)
             return None
         stat = os.fstat(file.fileno())
-        entry = Entry(file, stat.st_ino)  # type: ignore[arg-type]
+        entry = Entry(file, stat.st_ino)
         if stat.st_size != shard.entry.bytes:
             self.damaged(shard, entry)
             return None
@@ -173,7 +173,7 @@ class NodeCache:
                 self._storage.download(
                     shard.entry.name, incoming, shard.entry.sha256, shard.entry.bytes
                 )
-                os.replace(incoming, self._folder.file(key, TAR))
+                self._folder.admit(key)
             finally:
                 incoming.unlink(missing_ok=True)
             self._count("fetched")

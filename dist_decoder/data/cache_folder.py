@@ -56,7 +56,9 @@ class CacheFolder:
             try:
                 yield claim
             finally:
-                path.unlink(missing_ok=True)
+                # After ``admit`` the path may be another's claim already.
+                if _is_still(claim, path):
+                    path.unlink(missing_ok=True)
 
     def make_room(self, key: str, claim: IO[bytes], size: int) -> int | None:
         """Reserve ``size`` bytes for a claimed entry, removing the entries unused for longest.
@@ -74,15 +76,16 @@ class CacheFolder:
             for other, found in files.items():
                 if other == key:
                     continue
-                if CLAIM in found:
+                stat = found.get(TAR)
+                if CLAIM in found or stat is None:
                     held = self._size_of_claim(other)
                     if held is not None:
-                        total += held
+                        # A claim on what is there already is about to find that out.
+                        total += max(held, stat.st_size if stat is not None else 0)
                         continue
-                if TAR not in found:
+                if stat is None:
                     self._remove(other)
                     continue
-                stat = found[TAR]
                 total += stat.st_size
                 entries.append((stat.st_mtime_ns, stat.st_size, other))
             entries.sort()
@@ -99,15 +102,21 @@ class CacheFolder:
             claim.flush()
             return removed
 
+    def admit(self, key: str) -> None:
+        """Make what came in an entry, and give up its claim.
+
+        At once for whoever adds up sizes: a listing taken between the two would miss both.
+        """
+        with self._locked():
+            os.replace(self.file(key, INCOMING), self.file(key, TAR))
+            self.file(key, CLAIM).unlink(missing_ok=True)
+
     def discard(self, key: str, inode: int) -> None:
         """Remove a damaged entry, unless another process has exchanged it already."""
         with self._locked():
-            path = self.file(key, TAR)
-            try:
-                if path.stat().st_ino == inode:
-                    self._remove(key)
-            except FileNotFoundError:
-                return
+            stat = _stat(self.file(key, TAR))
+            if stat is not None and stat.st_ino == inode:
+                self.file(key, TAR).unlink(missing_ok=True)
 
     def used_bytes(self) -> int:
         """Return the size of all entries and of everything on its way in, as it is counted."""
@@ -115,8 +124,7 @@ class CacheFolder:
             total = 0
             for key, found in self._files().items():
                 held = self._size_of_claim(key) if CLAIM in found else None
-                sizes = (stat.st_size for kind, stat in found.items() if kind == TAR)
-                total += held if held is not None else sum(sizes)
+                total += max(held or 0, found[TAR].st_size if TAR in found else 0)
             return total
 
     @contextmanager
@@ -162,6 +170,13 @@ class CacheFolder:
         for kind in (TAR, INCOMING):
             self.file(key, kind).unlink(missing_ok=True)
             self.path.joinpath(f".{key}{kind}.partial").unlink(missing_ok=True)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _is_still(file: IO[bytes], path: Path) -> bool:

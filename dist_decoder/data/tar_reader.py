@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from dist_decoder.data.cache import Entry, NodeCache
+from dist_decoder.data.open_file import OpenFile
 from dist_decoder.data.sources import Shard, require_member
 from dist_decoder.errors import DataError, DistDecoderError, FormatError, StorageError
 from dist_decoder.storage import Storage
@@ -58,7 +59,7 @@ class TarReader:
         self._storage = storage
         self._cache = cache
         self._local = threading.local()
-        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._files: OrderedDict[str, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._log = RequestLog()
@@ -290,7 +291,7 @@ class TarReader:
         return self._read_file(self._file(shard), shard, offset, size, scratch)
 
     def _read_file(
-        self, file: BinaryIO, shard: Shard, offset: int, size: int, scratch: bool
+        self, file: OpenFile, shard: Shard, offset: int, size: int, scratch: bool
     ) -> memoryview:
         data, done = self._memory(size, scratch), 0
         started = time.perf_counter()
@@ -307,7 +308,7 @@ class TarReader:
         self._log.answered(time.perf_counter() - started)
         return data
 
-    def _file(self, shard: Shard) -> BinaryIO:
+    def _file(self, shard: Shard) -> OpenFile:
         name = shard.entry.name
         with self._lock:
             if name in self._files:
@@ -321,7 +322,7 @@ class TarReader:
                 " is truncated or was replaced; copy it again or run `data-tools shard` again"
             )
         try:
-            file = open(self._storage.path / name, "rb", buffering=0)  # noqa: SIM115
+            file = OpenFile(self._storage.path / name)
         except OSError as error:
             raise StorageError(f"shard {name} cannot be read: {error}") from error
         with self._lock:
