@@ -96,11 +96,13 @@ add_verb(
     "Normalise, pack tars with an index, and write the manifest.\n\n"
     "Needs split and embed, and synthesise if synthesise.images_per_subject is above 0. "
     "Example:\n\n"
-    "data-tools shard configs/data/demo.yaml shard.normalise=run shards_name=by-run",
+    "data-tools shard configs/data/demo.yaml shard.normalise=run shards_name=by-run\n\n"
+    "data-tools shard my_lab.yaml shards_url=s3://bucket/shards shard.part=slurm",
     render=_lazily("data_tools.shard:describe_shard"),
     flags={"--public": "shard.public=true"},
     sections=(
         "output", "seed", "datasets", "split", "embed", "synthesise", "shard", "shards_name",
+        "shards_url", "storage",
     ),
 )  # fmt: skip
 add_verb(
@@ -113,7 +115,7 @@ add_verb(
     "data-tools check my_lab.yaml check.betas=first",
     render=_lazily("data_tools.check:describe_check"),
     failed=_check_failed,
-    sections=("output", "datasets", "check", "shards_name"),
+    sections=("output", "datasets", "check", "shards_name", "shards_url", "storage"),
 )
 add_verb(
     app,

@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dist_decoder.config.base import Section
+from dist_decoder.config.storage import Location, StorageConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Part = Annotated[str, Field(pattern=r"^([0-9]+/[0-9]+|slurm)$")]
 PicturePx = Annotated[int, Field(ge=8, multiple_of=8)]
 """Side of a fabricated picture: a multiple of its 8 blocks."""
 
@@ -236,6 +238,11 @@ class ShardConfig(Section):
     repetitions (named in the manifest). Scores rise with the number of repetitions."""
     public: bool = False
     """The shards are to be passed on: refuse datasets whose terms forbid that."""
+    workers: PositiveInt = 1
+    """Processes that write tars at the same time. Each reads the betas of one dataset."""
+    part: Part | None = None
+    """The part of the tars that this process writes: i/n with i from 0, or slurm for the task of
+    an array job. The call that finds all parts finished writes the manifest."""
     token_dtype: Literal["float16", "float32"] = "float16"
     voxel_dtype: Literal["float16", "float32"] = "float16"
 
@@ -257,6 +264,10 @@ class DataConfig(Section):
     shard: ShardConfig = ShardConfig()
     shards_name: str = "shards"
     """Folder of the shards below ``output``; one store can hold several shardings."""
+    shards_url: Location | None = None
+    """Folder or object-store URL of the shards instead of ``output``/``shards_name``."""
+    storage: StorageConfig = StorageConfig()
+    """Retries and deadlines of ``shards_url`` if it is an object store."""
 
     @model_validator(mode="after")
     def _datasets_are_distinct(self) -> DataConfig:
@@ -276,4 +287,10 @@ class DataConfig(Section):
 
     @property
     def shards(self) -> Path:
+        """Folder of the shards where they are not in an object store."""
         return self.output / self.shards_name
+
+    @property
+    def shards_location(self) -> str | Path:
+        """Folder or URL that the shards are written to."""
+        return self.shards if self.shards_url is None else self.shards_url
