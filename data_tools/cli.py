@@ -74,7 +74,7 @@ add_verb(
     "An interrupted call goes on where it stopped. Example:\n\n"
     "data-tools embed my_lab.yaml embed.model=ViT-B-32 embed.pretrained=laion2b_s34b_b79k",
     render=_lazily("data_tools.embed:describe_embed"),
-    sections=("output", "datasets", "embed"),
+    sections=("output", "datasets", "embed", "derived_url", "storage"),
 )
 add_verb(
     app,
@@ -86,7 +86,17 @@ add_verb(
     "Example:\n\n"
     "data-tools synthesise configs/data/demo.yaml",
     render=_lazily("data_tools.synthesise:describe_synthesise"),
-    sections=("output", "seed", "datasets", "split", "embed", "synthesise", "shard"),
+    sections=(
+        "output",
+        "seed",
+        "datasets",
+        "split",
+        "embed",
+        "synthesise",
+        "shard",
+        "derived_url",
+        "storage",
+    ),
 )
 add_verb(
     app,
@@ -102,7 +112,7 @@ add_verb(
     flags={"--public": "shard.public=true"},
     sections=(
         "output", "seed", "datasets", "split", "embed", "synthesise", "shard", "shards_name",
-        "shards_url", "storage",
+        "shards_url", "derived_url", "storage",
     ),
 )  # fmt: skip
 add_verb(

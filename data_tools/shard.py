@@ -18,12 +18,10 @@ from data_tools.normalise import LEAKS
 from data_tools.shard_folder import (
     Journal,
     finished_manifest,
-    held,
-    remove_journals,
     remove_others,
 )
 from data_tools.shard_sources import Source, measured_sources, source_samples, synthetic_sources
-from data_tools.share import Share, own_share, run_workers
+from data_tools.share import Share, held, own_share, remove_parts, run_workers
 from data_tools.splits import Split, count_images, read_split, verify_split
 from data_tools.store import Store
 from data_tools.subject_rows import SubjectRows, read_subject
@@ -88,7 +86,7 @@ def shard(config: DataConfig) -> dict[str, Any]:
     plan = _make_plan(config)
     share = own_share(config.shard.part, "shard.part")
     storage = open_location(config.shards_location, config.storage)
-    with held(storage, share):
+    with held(storage, share, "shard"):
         finished = finished_manifest(storage, plan.recipe)
         if finished is not None:
             return _summary(finished, written=0, dead={})
@@ -110,7 +108,7 @@ def shard(config: DataConfig) -> dict[str, Any]:
         manifest = made.finish()
         remove_others(storage, manifest)
         write_last(storage, manifest)
-        remove_journals(storage)
+        remove_parts(storage)
     return _summary(manifest, written, made.dead)
 
 
@@ -152,7 +150,7 @@ def _make_plan(config: DataConfig) -> _Plan:
     datasets = store.require(entry.dataset for entry in config.datasets)
     if config.shard.public:
         _refuse_private(store, datasets)
-    embeddings = store.embeddings(open_encoder(config.embed).id)
+    embeddings = EmbeddingStore.open(config.derived, open_encoder(config.embed).id, config.storage)
     recipe = fingerprint(_inputs(store, split, config, embeddings, datasets))
     return _Plan(store, split, config, embeddings, datasets, recipe)
 
@@ -201,7 +199,9 @@ def _inputs(
                     f"{place}: synthetic rows are missing or were made from other inputs; run"
                     " `data-tools synthesise`"
                 )
-            synthetic[place] = (read_header(store.path, name, subject) or {})["inputs"]
+            synthetic[place] = (read_header(config.derived, name, subject, config.storage) or {})[
+                "inputs"
+            ]
     return {
         "version": [_RECIPE_VERSION, __version__],
         # Who writes them, and whether they may be passed on, changes no byte.

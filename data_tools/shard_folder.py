@@ -5,43 +5,15 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from data_tools.share import Share
+from data_tools.share import PARTS, Share, part_files
 from dist_decoder.errors import FormatError
 from dist_decoder.formats import MANIFEST_NAME, Manifest, ShardEntry
 from dist_decoder.manifest import index_name, read_manifest
-from dist_decoder.storage import Storage, exclusive, json_bytes, sha256_file
+from dist_decoder.storage import Storage, json_bytes, sha256_file
 
-_PARTS = "unfinished"
-"""Folder with one file per part, which names the tars that it has finished, until the manifest
-does."""
 _OURS = ("*.tar", "*.index.json", "statistics/*.npz")
-
-
-@contextmanager
-def held(storage: Storage, share: Share) -> Iterator[None]:
-    """Hold a folder, or one part of it, against other commands of this machine.
-
-    An object store has no locks: two calls with the same inputs write the same bytes there.
-
-    Raises:
-        StorageError: another process works on the folder or on the same part of it.
-    """
-    if storage.path is None:
-        yield
-    elif share.is_all:
-        with exclusive(storage.path, "shard"):
-            yield
-    else:
-        with (
-            exclusive(storage.path, "shard", shared=True),
-            exclusive(storage.path / _PARTS / str(share), f"part {share}"),
-        ):
-            yield
 
 
 class Journal:
@@ -56,7 +28,7 @@ class Journal:
     def __init__(self, storage: Storage, recipe: str, share: Share) -> None:
         self._storage = storage
         self._recipe = recipe
-        self._name = f"{_PARTS}/{share}.json"
+        self._name = f"{PARTS}/{share}.json"
         self._own: dict[str, Any] = {}
         self._others: dict[str, Any] = {}
         self._checked: set[str] = set()
@@ -65,7 +37,7 @@ class Journal:
 
     def refresh(self) -> None:
         """Read what all parts have written down by now."""
-        for name in filter(_is_journal, self._storage.list(_PARTS)):
+        for name in part_files(self._storage):
             where = f"{self._storage.describe()}/{name}"
             try:
                 held = json.loads(self._storage.read(name))
@@ -143,18 +115,6 @@ def remove_others(storage: Storage, manifest: Manifest) -> None:
     for name in storage.list():
         if name not in keep and _is_ours(name):
             storage.remove(name)
-
-
-def remove_journals(storage: Storage) -> None:
-    """Remove what the parts wrote down; the manifest names everything now."""
-    for name in storage.list(_PARTS):
-        storage.remove(name)
-    if storage.path is not None:
-        shutil.rmtree(storage.path / _PARTS, ignore_errors=True)
-
-
-def _is_journal(name: str) -> bool:
-    return name.endswith(".json")
 
 
 def _is_ours(name: str) -> bool:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from dist_decoder.errors import ConfigError
+from dist_decoder.storage import Storage, exclusive
 
 ConfigT = TypeVar("ConfigT")
+PARTS = "unfinished"
+"""Folder with one file per part on what it has finished, until everything is."""
 _SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
 
 
@@ -73,6 +78,41 @@ def own_share(part: str | None, key: str) -> Share:
             " and an array job from its first task in steps of 1"
         )
     return share
+
+
+@contextmanager
+def held(storage: Storage, share: Share, action: str) -> Iterator[None]:
+    """Hold a folder, or one part of it, against other commands of this machine.
+
+    An object store has no locks: two calls with the same inputs write the same bytes there.
+
+    Raises:
+        StorageError: another process works on the folder or on the same part of it.
+    """
+    if storage.path is None:
+        yield
+    elif share.is_all:
+        with exclusive(storage.path, action):
+            yield
+    else:
+        with (
+            exclusive(storage.path, action, shared=True),
+            exclusive(storage.path / PARTS / str(share), f"{action} of part {share}"),
+        ):
+            yield
+
+
+def part_files(storage: Storage) -> list[str]:
+    """Return the names of the files that parts wrote."""
+    return [name for name in storage.list(PARTS) if name.endswith(".json")]
+
+
+def remove_parts(storage: Storage) -> None:
+    """Remove what the parts wrote: everything is finished."""
+    for name in part_files(storage):
+        storage.remove(name)
+    if storage.path is not None:
+        shutil.rmtree(storage.path / PARTS, ignore_errors=True)
 
 
 def run_workers(work: Callable[[ConfigT, Share], int], config: ConfigT, shares: list[Share]) -> int:

@@ -198,6 +198,10 @@ class EncoderConfig(Section):
     """labels: width of the label vectors."""
     batch_size: PositiveInt = 64
     device: str = "auto"
+    workers: PositiveInt = 1
+    """Processes that embed at the same time, each with an encoder of its own."""
+    part: Part | None = None
+    """The part of the images that this process embeds, as shard.part."""
 
 
 class SynthesiseConfig(Section):
@@ -216,6 +220,10 @@ class SynthesiseConfig(Section):
     """Signed residual noise: N(0, residual SD of each voxel) or rows drawn from held-out
     residuals."""
     noise_scale: Annotated[float, Field(ge=0)] = 1.0
+    workers: PositiveInt = 1
+    """Processes that fit encoding models at the same time, each one subject at a time."""
+    part: Part | None = None
+    """The part of the subjects that this process does, as shard.part."""
 
 
 class ShardConfig(Section):
@@ -266,8 +274,11 @@ class DataConfig(Section):
     """Folder of the shards below ``output``; one store can hold several shardings."""
     shards_url: Location | None = None
     """Folder or object-store URL of the shards instead of ``output``/``shards_name``."""
+    derived_url: Location | None = None
+    """Folder or object-store URL of what ``embed`` and ``synthesise`` write instead of the
+    store."""
     storage: StorageConfig = StorageConfig()
-    """Retries and deadlines of ``shards_url`` if it is an object store."""
+    """Retries and deadlines of ``shards_url`` and ``derived_url`` in an object store."""
 
     @model_validator(mode="after")
     def _datasets_are_distinct(self) -> DataConfig:
@@ -289,6 +300,11 @@ class DataConfig(Section):
     def shards(self) -> Path:
         """Folder of the shards where they are not in an object store."""
         return self.output / self.shards_name
+
+    @property
+    def derived(self) -> str | Path:
+        """Folder or URL that holds embeddings and synthetic responses."""
+        return self.store if self.derived_url is None else self.derived_url
 
     @property
     def shards_location(self) -> str | Path:
