@@ -21,13 +21,15 @@ from typing import Annotated
 import torch
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "object_store"))
+# The server and the proxy are those of the tests.
+_TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(_TESTS), str(_TESTS / "object_store")]
 
-from fault_proxy import FaultProxy, Faults
-from gateway import Gateway, create_bucket
-from random_shards import BATCH, PER_SHARD, digest, epoch, write_random_shards
+from fault_proxy import FaultProxy, Faults  # noqa: E402
+from gateway import Gateway, create_bucket  # noqa: E402
+from random_shards import BATCH, PER_SHARD, digest, epoch, write_random_shards  # noqa: E402
 
-from dist_decoder.config.storage import StorageConfig
+from dist_decoder.config.storage import StorageConfig  # noqa: E402
 
 URL = "s3://shards/faults"
 FAULTS = Faults(fail_prob=0.01, stall_prob=0.01, stall_s=5.0)
