@@ -1,7 +1,9 @@
 """Every operation of a location against a server that checks signatures and permissions."""
 
 import json
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +121,28 @@ def put_policy(gateway: Gateway, policy: str) -> None:
          "--data-binary", policy, f"{gateway.endpoint}/shards?policy="],
         check=True, timeout=60,
     )  # fmt: skip
+
+
+READ_WITH_WRONG_CLOCK = """
+import sys, time
+from dist_decoder.errors import StorageError
+from dist_decoder.storage import open_location
+started = time.monotonic()
+try:
+    open_location("s3://shards/clock").read("one")
+except StorageError as error:
+    sys.stdout.write(f"{time.monotonic() - started:.1f} {error}")
+"""
+
+
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="faketime is not installed")
+def test_a_wrong_clock_is_told_at_once(gateway: Gateway) -> None:
+    open_location("s3://shards/clock").write("one", b"1")
+    done = subprocess.run(
+        ["faketime", "-m", "-f", "+2h", sys.executable, "-c", READ_WITH_WRONG_CLOCK],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    seconds, _, message = done.stdout.partition(" ")
+    assert "s3://shards/clock/one" in message, done.stderr
+    assert "RequestTimeTooSkewed: the clocks of this machine and of the server" in message
+    assert float(seconds) < 10
