@@ -75,7 +75,7 @@ add_verb(
     "An interrupted call goes on where it stopped. Example:\n\n"
     "data-tools embed my_lab.yaml embed.model=ViT-B-32 embed.pretrained=laion2b_s34b_b79k",
     render=_lazily("data_tools.embed:describe_embed"),
-    sections=("output", "datasets", "embed"),
+    sections=("output", "datasets", "embed", "derived_url", "storage"),
 )
 add_verb(
     app,
@@ -87,7 +87,17 @@ add_verb(
     "Example:\n\n"
     "data-tools synthesise configs/data/demo.yaml",
     render=_lazily("data_tools.synthesise:describe_synthesise"),
-    sections=("output", "seed", "datasets", "split", "embed", "synthesise", "shard"),
+    sections=(
+        "output",
+        "seed",
+        "datasets",
+        "split",
+        "embed",
+        "synthesise",
+        "shard",
+        "derived_url",
+        "storage",
+    ),
 )
 add_verb(
     app,
@@ -97,11 +107,13 @@ add_verb(
     "Normalise, pack tars with an index, and write the manifest.\n\n"
     "Needs split and embed, and synthesise if synthesise.images_per_subject is above 0. "
     "Example:\n\n"
-    "data-tools shard configs/data/demo.yaml shard.normalise=run shards_name=by-run",
+    "data-tools shard configs/data/demo.yaml shard.normalise=run shards_name=by-run\n\n"
+    "data-tools shard my_lab.yaml shards_url=s3://bucket/shards shard.part=slurm",
     render=_lazily("data_tools.shard:describe_shard"),
     flags={"--public": "shard.public=true"},
     sections=(
         "output", "seed", "datasets", "split", "embed", "synthesise", "shard", "shards_name",
+        "shards_url", "derived_url", "storage",
     ),
 )  # fmt: skip
 add_verb(
@@ -114,7 +126,7 @@ add_verb(
     "data-tools check my_lab.yaml check.betas=first",
     render=_lazily("data_tools.check:describe_check"),
     failed=_check_failed,
-    sections=("output", "datasets", "check", "shards_name"),
+    sections=("output", "datasets", "check", "shards_name", "shards_url", "storage"),
 )
 add_verb(
     app,

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.embedding_store import EmbeddingWriter, Source, embeddings_path
+from data_tools.embedding_store import EmbeddingWriter, Source, embeddings_location
+from data_tools.share import Share, held, own_share, run_workers
 from data_tools.store import Store
 from dist_decoder.config.data import DataConfig
 from dist_decoder.config.progress import Progress, progress
 from dist_decoder.encoders import Encoder, ImageEncoder, LabelEncoder, open_encoder
 from dist_decoder.errors import DataError
-from dist_decoder.storage import exclusive
 
 
 def embed(config: DataConfig) -> dict[str, Any]:
@@ -28,7 +28,8 @@ def embed(config: DataConfig) -> dict[str, Any]:
     files are the same as without the interruption.
 
     Returns:
-        Encoder id, widths, number of images, and how many of them this call embedded.
+        Encoder id, widths, number of images, how many of them this call embedded, and how many
+        other parts (``embed.part``) still have to embed.
 
     Raises:
         DataError: a dataset without images under an image encoder, a stimulus without category
@@ -39,33 +40,67 @@ def embed(config: DataConfig) -> dict[str, Any]:
     datasets = store.require([dataset.dataset for dataset in config.datasets])
     encoder = open_encoder(config.embed)
     sources = _sources(store, datasets, encoder)
-    with exclusive(embeddings_path(store.path, encoder.id), "embed"):
-        writer = EmbeddingWriter(store.path, encoder, sources)
-        start = writer.done
+    share = own_share(config.embed.part, "embed.part")
+    storage = embeddings_location(config.derived, encoder.id, config.storage)
+    embedded, missing = 0, 0
+    with held(storage, share, "embed"):
+        writer = EmbeddingWriter(storage, encoder, sources, share)
         if not writer.complete:
             writer.begin()
-            with progress(f"embed {encoder.id}", len(writer.sources) - start) as counter:
-                while unit := writer.next_unit():
-                    writer.write_unit(*_encode(store, encoder, unit, config, counter))
-            writer.finish()
+            if config.embed.workers > 1:
+                embedded = run_workers(_embed_share, config, share.divided(config.embed.workers))
+                writer.refresh()
+            embedded += _embed_units(store, encoder, writer, config, share)
+            writer.refresh()
+            missing = sum(map(len, writer.missing()))
+            if not missing:
+                writer.finish()
     return {
         "encoder": encoder.id,
         "pooled_dim": encoder.pooled_dim,
         "token_shape": encoder.token_shape,
         "images": len(writer.sources),
-        "embedded_now": len(writer.sources) - start,
-        "path": str(writer.path),
+        "embedded_now": embedded,
+        "missing": missing,
+        "path": storage.describe(),
     }
+
+
+def _embed_share(config: DataConfig, share: Share) -> int:
+    """Embed a share of the images and return their number; runs in a process of its own."""
+    store = Store(config.store)
+    datasets = store.require([dataset.dataset for dataset in config.datasets])
+    encoder = open_encoder(config.embed)
+    storage = embeddings_location(config.derived, encoder.id, config.storage)
+    writer = EmbeddingWriter(storage, encoder, _sources(store, datasets, encoder), share)
+    writer.begin()
+    return _embed_units(store, encoder, writer, config, share)
+
+
+def _embed_units(
+    store: Store, encoder: Encoder, writer: EmbeddingWriter, config: DataConfig, share: Share
+) -> int:
+    units = writer.missing(share)
+    rows = sum(map(len, units))
+    with progress(f"embed {encoder.id}", rows) as counter:
+        for unit in units:
+            pooled_ME, tokens_MTD = _encode(
+                store, encoder, writer.unit_sources(unit), config, counter
+            )
+            writer.write_unit(unit, pooled_ME, tokens_MTD)
+    return rows
 
 
 def describe_embed(result: dict[str, Any]) -> str:
     """Return what was embedded and where it is, for people."""
     shape = result["token_shape"]
     tokens = f", tokens {' x '.join(str(size) for size in shape)}" if shape else ", no tokens"
-    kept = result["images"] - result["embedded_now"]
+    missing = result.get("missing", 0)
+    kept = result["images"] - result["embedded_now"] - missing
     return (
         f"encoder {result['encoder']}: pooled {result['pooled_dim']}{tokens}\n"
-        f"  {result['images']} images: {result['embedded_now']} embedded now, {kept} kept\n"
+        f"  {result['images']} images: {result['embedded_now']} embedded now, {kept} kept"
+        f"{f', {missing} are of other parts and missing' if missing else ''}\n"
         f"  {result['path']}"
     )
 

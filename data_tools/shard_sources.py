@@ -118,7 +118,7 @@ def synthetic_sources(store: Store, split: Split, dataset: str, config: DataConf
     for subject in store.subjects(dataset):
         if split.is_holdout(dataset, subject):
             continue
-        synthetic = read_synthetic(store.path, dataset, subject)
+        synthetic = read_synthetic(config.derived, dataset, subject, config.storage)
         for row, (uid, origin) in enumerate(zip(synthetic.uids, synthetic.provenance, strict=True)):
             info = RowInfo(session=0, run=0, trial=-1, provenance=origin)
             voxels_RV = synthetic.responses_nV[row : row + 1].astype(dtype)

@@ -170,7 +170,7 @@ def _sync_tree(root: Path) -> None:
 
 
 @contextmanager
-def exclusive(folder: str | Path, action: str) -> Iterator[None]:
+def exclusive(folder: str | Path, action: str, shared: bool = False) -> Iterator[None]:
     """Hold a lock on a folder, so that two commands do not write it at once.
 
     The empty file ``.lock`` stays in the folder; the lock itself ends with the process.
@@ -178,6 +178,7 @@ def exclusive(folder: str | Path, action: str) -> Iterator[None]:
     Args:
         folder: made if it does not exist.
         action: what holds the lock, for the message of the other process.
+        shared: others may hold it too if they share it, which keeps those out that do not.
 
     Raises:
         StorageError: another process holds the lock.
@@ -188,7 +189,7 @@ def exclusive(folder: str | Path, action: str) -> Iterator[None]:
         file = (folder / ".lock").open("ab")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StorageError(
                 f"{folder} is in use: another process works on it; {action} cannot start"

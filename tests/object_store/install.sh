@@ -5,4 +5,4 @@
 set -eu
 apt-get update
 DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-    radosgw ceph-mon ceph-osd ceph-common
+    radosgw ceph-mon ceph-osd ceph-common curl faketime

@@ -39,7 +39,7 @@ def test_folders_download_alike(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.download("one", tmp_path / "copy", DIGEST)
     assert (tmp_path / "copy").read_bytes() == DATA
-    with pytest.raises(FormatError, match="sha256 is .* and not"):
+    with pytest.raises(FormatError, match=r"sha256 is .* and not"):
         storage.download("one", tmp_path / "other", "0" * 64)
     with pytest.raises(StorageError, match="does not exist"):
         storage.download("none", tmp_path / "other")

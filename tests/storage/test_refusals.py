@@ -3,6 +3,7 @@
 import logging
 import time
 import traceback
+from collections.abc import Callable
 
 import pytest
 from conftest import SECRET
@@ -29,31 +30,32 @@ from dist_decoder.storage import open_location
         (Fault(404, "NoSuchBucket"), "the bucket does not exist; check its name"),
     ],
 )
-@pytest.mark.parametrize("call", ["read", "size", "exists", "list", "write"])
 def test_refusals_fail_at_once_with_url_and_remedy(
-    server: Scripted, fault: Fault, remedy: str, call: str
+    server: Scripted, fault: Fault, remedy: str
 ) -> None:
-    if fault.status == 404 and call in ("size", "exists"):
-        pytest.skip("HEAD does not tell a missing bucket from a missing object")
     storage = open_location("s3://bucket/pre")
     server.script = lambda number, method, path: fault
-    started = time.monotonic()
-    with pytest.raises(StorageError, match=rf"s3://bucket/pre/.*{remedy}"):
-        {
-            "read": lambda: storage.read("one"),
-            "size": lambda: storage.size("one"),
-            "exists": lambda: storage.exists("one"),
-            "list": lambda: storage.list("one"),
-            "write": lambda: storage.write("one", b"1"),
-        }[call]()
-    assert time.monotonic() - started < 2.0
-    assert len(server.requests) <= 2
+    calls: list[Callable[[], object]] = [
+        lambda: storage.read("one"),
+        lambda: storage.list("one"),
+        lambda: storage.write("one", b"1"),
+    ]
+    if fault.status != 404:
+        # HEAD does not tell a missing bucket from a missing object.
+        calls += [lambda: storage.size("one"), lambda: storage.exists("one")]
+    for call in calls:
+        server.requests.clear()
+        started = time.monotonic()
+        with pytest.raises(StorageError, match=rf"s3://bucket/pre/one.*{remedy}"):
+            call()
+        assert time.monotonic() - started < 2.0
+        assert len(server.requests) <= 2
 
 
 def test_a_missing_object_is_no_refusal(server: Scripted) -> None:
     storage = open_location("s3://bucket/pre")
     assert not storage.exists("one")
-    with pytest.raises(StorageError, match="^s3://bucket/pre/one does not exist$"):
+    with pytest.raises(StorageError, match=r"^s3://bucket/pre/one does not exist$"):
         storage.read("one")
     assert len(server.requests) <= 3
 
@@ -108,7 +110,7 @@ def test_urls_with_secrets_are_refused_before_they_are_saved(url: str) -> None:
     with pytest.raises(StorageError, match=r"carries a password.*environment") as caught:
         open_location(url)
     assert "planted" not in "".join(traceback.format_exception(caught.value))
-    with pytest.raises(ConfigError, match="shards.*carries a password") as refused:
+    with pytest.raises(ConfigError, match=r"shards.*carries a password") as refused:
         load_config(SourcesConfig, None, [f"shards={url}"])
     assert "planted" not in "".join(traceback.format_exception(refused.value))
 
