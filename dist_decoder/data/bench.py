@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from itertools import cycle
@@ -52,11 +52,13 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         held.callback(loader.close)
         shards = loader.order.shards
         total = sum(shard.entry.bytes for shard in shards)
+        # Before the clock starts: signing takes a client.
+        urls = [_url_for_webdataset(loader.reader.storage, shard) for shard in shards]
         for _ in range(options.warm_up_steps):
             next(loader)
         peers: dict[str, Callable[[], Iterator[tuple[int, int]]]] = {
             "loader": lambda: _loader_batches(loader),
-            "webdataset": lambda: webdataset_samples(loader.reader),
+            "webdataset": lambda: webdataset_samples(loader.reader, urls),
             "raw": lambda: raw_pieces(loader.reader.storage, shards),
         }
         loader.waited_s = spent_s = 0.0
@@ -115,14 +117,13 @@ def _loader_batches(loader: Loader) -> Iterator[tuple[int, int]]:
         yield batch.size, total
 
 
-def webdataset_samples(reader: BatchReader) -> Iterator[tuple[int, int]]:
+def webdataset_samples(reader: BatchReader, urls: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Yield (rows, bytes) of samples read by plain WebDataset and decoded as the loader does."""
     statistics = reader.target_statistics
     mean_E = torch.from_numpy(statistics.pooled_mean_E)
     mean_TD = None
     if statistics.tokens_mean_TD is not None:
         mean_TD = torch.from_numpy(statistics.tokens_mean_TD)
-    urls = [_url_for_webdataset(reader.storage, shard) for shard in reader.order.shards]
     for url in cycle(urls):
         for sample in webdataset.WebDataset([url], shardshuffle=False, empty_check=False).decode():
             rows = 0
