@@ -124,8 +124,7 @@ def test_readers_that_die_again_and_again(made: HandMade, monkeypatch: pytest.Mo
 
     def kill_and_hear() -> None:
         for worker in processes._workers:
-            assert worker._process.pid is not None
-            os.kill(worker._process.pid, signal.SIGKILL)
+            worker._process.kill()
             worker._process.join()
         processes._done.clear()
         hear()

@@ -77,7 +77,7 @@ def test_refused_steps_and_ranks(made: HandMade, overrides: list[str], words: st
     assert words in done.stderr
 
 
-@pytest.mark.parametrize("readers", ["threads", "processes"])
+@pytest.mark.parametrize("readers", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_bench_measures_all_three(made: HandMade, readers: str) -> None:
     cache = f"data.cache={{folder: {made.path.parent}/cache, max_gb: 1}}"
     options = ["bench.seconds=0.2", "bench.rounds=2", "data.cache_mb=0", cache,
