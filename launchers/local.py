@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from dist_decoder.config.commandline import FAILURE_FILE_VARIABLE
 from dist_decoder.config.launch import LocalConfig
-from dist_decoder.errors import DistDecoderError, LaunchError, StoppedError
+from dist_decoder.errors import (
+    FAILURE_FILE_VARIABLE,
+    DistDecoderError,
+    LaunchError,
+    StoppedError,
+)
 from launchers.log_files import Follower, tail
 from launchers.plan import RankPlan, plan_local
 from launchers.supervise import Child, Exit, Outcome, supervise
