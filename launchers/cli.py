@@ -207,5 +207,6 @@ def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
 
 def _render(result: Any) -> str:
     if isinstance(result, LaunchResult):
-        return f"{result.ranks} ranks finished; logs in {result.log_dir}"
+        where = f"; logs in {result.log_dir}" if result.log_dir is not None else ""
+        return f"{result.ranks} ranks finished{where}"
     return "\n".join(plan.as_shell() for plan in result)

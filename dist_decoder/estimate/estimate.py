@@ -70,7 +70,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     }
 
 
-def estimate_training(config: TrainConfig) -> dict[str, Any]:
+def estimate_training(config: TrainConfig, ranks: int = 1) -> dict[str, Any]:
     """Return the estimate of a training configuration; sizes come from its shards' manifest."""
     manifest = read_manifest(open_location(config.data.shards))
     names = choose_subjects(manifest, config.data.datasets, config.data.subjects, False)
@@ -83,13 +83,14 @@ def estimate_training(config: TrainConfig) -> dict[str, Any]:
             ),
             loss=config.loss,
             batch_size=config.data.batch_size,
+            ranks=ranks,
             ema=config.optim.ema_decay > 0,
             engine=config.engine,
         )
     )
 
 
-def estimate_adaptation(config: AdaptConfig) -> dict[str, Any]:
+def estimate_adaptation(config: AdaptConfig, ranks: int = 1) -> dict[str, Any]:
     """Return the estimate of an adaptation; sizes come from its base and its shards."""
     manifest = read_manifest(open_location(config.data.shards))
     choose_subjects(manifest, None, (config.subject,), True)
@@ -105,6 +106,7 @@ def estimate_adaptation(config: AdaptConfig) -> dict[str, Any]:
                 pooled_dim=meta.encoder.pooled_dim, token_shape=meta.encoder.token_shape
             ),
             batch_size=config.data.batch_size,
+            ranks=ranks,
             ema=config.optim.ema_decay > 0,
             engine=config.engine,
             **values,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -189,13 +190,12 @@ def _limit_gib(launch: LaunchConfig) -> float | None:
 
 def _estimate(planned: PlannedTask) -> Mapping[str, Any]:
     """Ask the command: launchers import no torch."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
         path.write_text(planned.config_text or "")
         done = subprocess.run(
-            [sys.executable, "-m", "dist_decoder", "estimate", str(path), "--json"],
+            [sys.executable, "-m", "dist_decoder", "estimate", str(path), "--json",
+             "--ranks", str(planned.task.num_ranks)],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     if done.returncode != 0:

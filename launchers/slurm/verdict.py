@@ -69,12 +69,12 @@ def describe(code: int) -> str:
 def _is_final(failed: Sequence[RankExit], task: Task) -> bool:
     """Return whether starting again cannot help.
 
-    Wrong use ends with an exit code of its own. A traceback may be a lost connection where ranks
-    talk to one another or training can go on; elsewhere it comes back.
+    Wrong use ends with an exit code of its own. In training a traceback may be a lost
+    connection; elsewhere it, or a check that did not pass, comes back.
     """
     if not failed:
         return False
     code = failed[0].code
     if code == DistDecoderError.exit_code:
         return True
-    return code == 1 and task.run is None and task.num_ranks == 1
+    return code == 1 and task.run is None

@@ -20,8 +20,10 @@ from workplace import Workplace, environment, write_inputs
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """Start SLURM; skips without root or the packages of ``install.sh``."""
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Start SLURM; only with ``-m slurm``, as root, with the packages of ``install.sh``."""
+    if "slurm" not in request.config.option.markexpr:
+        pytest.skip("runs with -m slurm only: minutes on a real SLURM")
     missing = missing_programs()
     if missing or os.geteuid() != 0:
         pytest.skip(f"needs root and tests/slurm/install.sh (missing: {', '.join(missing)})")

@@ -18,7 +18,7 @@ from hand_made import edit_manifest, write_shards
 from safetensors.numpy import load_file
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS = 600
+STEPS = 240
 EVERY = 40
 
 TRAIN: dict[str, Any] = {
