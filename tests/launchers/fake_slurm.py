@@ -10,7 +10,7 @@ SCONTROL = """#!/bin/sh
 echo "scontrol $*" >> "$FAKE/calls"
 case "$1 $2" in
 "show hostnames") printf 'n1\\nn2\\n' ;;
-"show job") echo "JobId=$4 JobName=train UserId=user(1) JobState=$(cat "$FAKE/state") Reason=None" ;;
+"show job") echo "JobId=$4 JobName=train JobState=$(cat "$FAKE/state") Reason=None" ;;
 "requeue "*) kill -TERM "$PPID" ;;
 esac
 """
