@@ -5,7 +5,7 @@ Axes: N trials of one session, V voxels of one subject.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from dist_decoder.errors import DataError
 from dist_decoder.storage import exclusive
 
 _SPLITS = ("train", "test", "imagery", "")
+_SESSIONS_SHOWN = 5
 
 
 @dataclass
@@ -82,9 +83,23 @@ def describe_ingest(results: Iterable[IngestedDataset]) -> str:
             f" {done.sessions_replaced} replaced"
         )
         lines.append(f"  licence: {done.licence} ({terms}); cite: {done.citation}")
-        for place, count in done.invalid_voxels.items():
-            lines.append(f"  {place}: {count} voxels without a value in the whole session")
+        lines += _invalid_lines(done.invalid_voxels)
     return "\n".join(lines)
+
+
+def _invalid_lines(counts: Mapping[str, int]) -> list[str]:
+    """Return one line per subject."""
+    sessions: dict[str, list[str]] = {}
+    for place, count in counts.items():
+        subject, _, session = place.partition(" ")
+        sessions.setdefault(subject, []).append(f"{count} in {session}")
+    lines = []
+    for subject, parts in sessions.items():
+        more = len(parts) - _SESSIONS_SHOWN
+        rest = f" and in {more} more sessions" if more > 0 else ""
+        shown = ", ".join(parts[:_SESSIONS_SHOWN])
+        lines.append(f"  {subject}: voxels without a value in a whole session: {shown}{rest}")
+    return lines
 
 
 def _ingest_dataset(

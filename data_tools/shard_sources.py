@@ -20,9 +20,10 @@ from data_tools.synthetic_store import read_synthetic
 from data_tools.tar_shard import Sample
 from dist_decoder.config.data import DataConfig
 from dist_decoder.errors import DataError, SplitError
-from dist_decoder.formats import RowInfo, SampleInfo, SplitName
+from dist_decoder.formats import LATENT_SHAPE, RowInfo, SampleInfo, SplitName
 from dist_decoder.manifest import document_bytes, encode_npy
 from dist_decoder.rng import key64
+from dist_decoder.token_dtypes import encode_tokens
 
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test", "imagery")
 
@@ -89,7 +90,7 @@ def measured_sources(
                 average = config.shard.average_trials or (
                     config.shard.average_test_trials and split in ("test", "imagery")
                 )
-                picked = _pick(one.voxels_NV, columns, rows, average)
+                picked = _pick(one.voxels_NV, columns, rows, average, config)
                 found[split].setdefault(uid, {})[one.subject] = picked
     return [
         Source(
@@ -117,7 +118,7 @@ def synthetic_sources(store: Store, split: Split, dataset: str, config: DataConf
     for subject in store.subjects(dataset):
         if split.is_holdout(dataset, subject):
             continue
-        synthetic = read_synthetic(store.path, dataset, subject)
+        synthetic = read_synthetic(config.derived, dataset, subject, config.storage)
         for row, (uid, origin) in enumerate(zip(synthetic.uids, synthetic.provenance, strict=True)):
             info = RowInfo(session=0, run=0, trial=-1, provenance=origin)
             voxels_RV = synthetic.responses_nV[row : row + 1].astype(dtype)
@@ -144,6 +145,7 @@ def source_samples(
     first: int,
     embeddings: EmbeddingStore,
     config: DataConfig,
+    latents: EmbeddingStore | None = None,
 ) -> Iterator[Sample]:
     """Yield the samples of some images of a source.
 
@@ -153,7 +155,9 @@ def source_samples(
         first: position of the first one in the source; keys count from it.
         embeddings: of the frozen encoder.
         config: dtypes.
+        latents: of the VAE, if the shards hold them.
     """
+    latents_MF = None if latents is None else latents.pooled(images)
     pooled_ME = embeddings.pooled(images)
     tokens_MTD = None if embeddings.token_shape is None else embeddings.tokens(images)
     dtype = config.shard.token_dtype
@@ -172,7 +176,11 @@ def source_samples(
         # against the tokens they are small.
         members = [("json", document_bytes(info)), ("pooled.npy", encode_npy(pooled_ME[number]))]
         if tokens_MTD is not None:
-            members.append(("tokens.npy", encode_npy(tokens_MTD[number].astype(dtype))))
+            stored = encode_tokens(tokens_MTD[number], dtype)
+            members += [(name, encode_npy(array)) for name, array in stored.items()]
+        if latents_MF is not None:
+            latent_CHW = latents_MF[number].reshape(LATENT_SHAPE).astype(np.float16)
+            members.append(("latent.npy", encode_npy(latent_CHW)))
         for subject, rows in by_subject.items():
             members.append((f"{subject}.voxels.npy", encode_npy(rows.voxels_RV)))
         sessions = {
@@ -183,13 +191,19 @@ def source_samples(
 
 
 def _pick(
-    voxels_NV: NDArray[Any], columns: list[list[int]], rows: list[int], average: bool
+    voxels_NV: NDArray[Any],
+    columns: list[list[int]],
+    rows: list[int],
+    average: bool,
+    config: DataConfig,
 ) -> Rows:
     session, run, trial, repetition = ([column[row] for row in rows] for column in columns)
     if average:
         mean_V = voxels_NV[rows].astype(np.float64).mean(axis=0)
+        if config.shard.average_scale == "sqrt_n":
+            mean_V *= np.sqrt(len(rows))
         # The last session, so that a limit on sessions never lets a later one in.
-        info = RowInfo(session=max(session), run=0, trial=-1)
+        info = RowInfo(session=max(session), run=0, trial=-1, repetitions=len(rows))
         return Rows(mean_V[None].astype(voxels_NV.dtype), (info,))
     infos = tuple(
         RowInfo(session=session[i], run=run[i], trial=trial[i], repetition=repetition[i])

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dist_decoder import dist
@@ -48,7 +47,8 @@ from dist_decoder.train.run_folder import (
     read_summary,
     write_summary,
 )
-from dist_decoder.train.start import start_ridges
+from dist_decoder.train.start import Rows, start_ridges
+from dist_decoder.train.targets_of_base import targets_of_base
 from dist_decoder.train.validate import selection_score
 
 
@@ -87,11 +87,10 @@ def _open(config: AdaptConfig, held: ExitStack) -> dict[str, Any] | None:
 
 
 def _try_rates(config: AdaptConfig, world: World) -> dict[str, Any]:
-    storage = open_location(config.data.shards)
+    storage = open_location(config.data.shards, config.data.storage)
     manifest = read_manifest(storage)
-    targets = read_targets(storage, manifest)
     base = read_meta(run_on_first(lambda: find_checkpoint(config.base), world))
-    check_fits(config, base, manifest, targets)
+    targets = check_fits(config, base, manifest, read_targets(storage, manifest))
     data = config.data.model_copy(
         update={
             "datasets": None,
@@ -125,11 +124,11 @@ def _try_rates(config: AdaptConfig, world: World) -> dict[str, Any]:
 
 def check_fits(
     config: AdaptConfig, base: CheckpointMeta, manifest: Manifest, targets: TargetStatistics
-) -> None:
-    """Refuse a subject that the base has seen, and shards with other targets.
+) -> TargetStatistics:
+    """Return the statistics that standardise the targets: those of the base.
 
     Raises:
-        ConfigError: one of these.
+        ConfigError: the base has seen the subject, or the shards hold other targets.
     """
     choose_subjects(manifest, None, (config.subject,), True)
     if config.subject in base.subjects:
@@ -142,17 +141,7 @@ def check_fits(
             f"{config.subject} has no validation images to choose between {len(config.lrs)} "
             "learning rates by: give one in lrs, or set split.validation_prob above 0"
         )
-    if manifest.encoder != base.encoder:
-        raise ConfigError(
-            f"{config.data.shards} holds targets of encoder {manifest.encoder.id}, the base "
-            f"predicts those of {base.encoder.id}"
-        )
-    mine, theirs = targets.arrays(), base.targets.arrays()
-    if not all(np.array_equal(mine[name], theirs[name]) for name in theirs):
-        raise ConfigError(
-            f"{config.data.shards} standardises its targets by other statistics than the base's "
-            "shards did: shard the new subject together with the others (as a holdout)"
-        )
+    return targets_of_base(base, manifest, targets, config.data.shards)
 
 
 def _job(
@@ -183,11 +172,12 @@ def _job(
         base=_base_info(config.run, base) if from_base else None,
         lora=config.adapters if from_base else None,
     )
-    decoder = _start_model(config, document, data, base, folder, world)
+    training_rows = subject_rows(data, "train", allow_holdout=True, standardise_by=targets)
+    decoder = _start_model(config, document, training_rows, base, folder, world)
     loss = config.loss or LossConfig.model_validate(base.config["loss"])
     classes = None
     if needs_classes(loss):
-        rows = subject_rows(data, "train", allow_holdout=True)(config.subject)
+        rows = training_rows(config.subject)
         classes = class_terms(loss, decoder, [rows], _statistics(config, loss, base))
 
     def batches(start_step: int, needed: tuple[TargetName, ...]) -> Loader:
@@ -199,13 +189,17 @@ def _job(
             start_step,
             allow_holdout=True,
             targets=needed,
+            standardise_by=targets,
+            pinned=world.device.type == "cuda",
         )
 
     return Job(
         folder=folder,
         decoder=decoder,
         batches=batches,
-        validation=validation_of(data, manifest, (config.subject,), world, distractors=True),
+        validation=validation_of(
+            data, manifest, (config.subject,), world, distractors=True, standardise_by=targets
+        ),
         document=document,
         targets=targets,
         data=data,
@@ -224,7 +218,7 @@ def _job(
 def _start_model(
     config: AdaptConfig,
     document: CheckpointDocument,
-    data: SourcesConfig,
+    training_rows: Rows,
     base: CheckpointMeta,
     folder: Path,
     world: World,
@@ -237,7 +231,7 @@ def _start_model(
         start_ridges(
             decoder,
             document.model.ridge_start,
-            subject_rows(data, "train", allow_holdout=True),
+            training_rows,
             config.run / "ridge-start" / document.manifest_fingerprint,
             world,
         )

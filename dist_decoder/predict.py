@@ -25,7 +25,12 @@ from dist_decoder.formats import Manifest, SplitName
 from dist_decoder.manifest import read_npz
 from dist_decoder.rng import key64
 from dist_decoder.storage import Storage
-from dist_decoder.train.checkpoint import CheckpointMeta, load_for_inference, read_meta
+from dist_decoder.train.checkpoint import (
+    CheckpointMeta,
+    load_for_inference,
+    read_meta,
+    resolve_base,
+)
 
 _MIN_STD = 1e-6
 
@@ -63,7 +68,7 @@ class Predictor:
         """
         self.path = path
         self.decoder, self.meta = load_for_inference(path, choose_device(device))
-        self._rank_projected = _loss_of(self.meta).token_contrastive > 0
+        self._rank_projected = _projector_is_trained(self.meta)
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -149,13 +154,14 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} is unknown: use auto, cpu or cuda") from error
 
 
-def _loss_of(meta: CheckpointMeta) -> LossConfig:
+def _projector_is_trained(meta: CheckpointMeta) -> bool:
+    """Return whether the losses of a run, or of the base that it adapts, train the projector."""
     loss = meta.config.get("loss")
-    if loss is None and meta.document.base is not None:
-        from dist_decoder.train.checkpoint import resolve_base
-
-        loss = read_meta(resolve_base(meta.folder, meta.document.base)).config.get("loss")
-    return LossConfig.model_validate(loss or {})
+    if loss is not None and LossConfig.model_validate(loss).trains_projector:
+        return True
+    if meta.document.base is None:
+        return loss is None and LossConfig().trains_projector
+    return _projector_is_trained(read_meta(resolve_base(meta.folder, meta.document.base)))
 
 
 def read_betas(path: Path) -> NDArray[np.float32]:
@@ -244,8 +250,16 @@ class Pool:
     """pooled -> (M, E), tokens -> (M, T * D)."""
 
 
-def read_pool(shards: str, manifest: Manifest, dataset: str, splits: tuple[SplitName, ...]) -> Pool:
+def read_pool(
+    shards: str,
+    manifest: Manifest,
+    dataset: str,
+    splits: tuple[SplitName, ...],
+    standardise_by: TargetStatistics | None = None,
+) -> Pool:
     """Return the distinct images of a dataset in these splits.
+
+    Targets are standardised by the shards' own statistics, or by those of a model.
 
     Raises:
         DataError: there are none.
@@ -255,7 +269,9 @@ def read_pool(shards: str, manifest: Manifest, dataset: str, splits: tuple[Split
         present = _subjects_with_rows(manifest, dataset, split)
         if not present:
             continue
-        for rows in iterate_rows(shards, split, subjects=present, allow_holdout=True):
+        for rows in iterate_rows(
+            shards, split, subjects=present, allow_holdout=True, standardise_by=standardise_by
+        ):
             tokens_MTD = rows.standard_tokens_MTD
             for image, uid in enumerate(rows.uids_M):
                 tokens_TD = None if tokens_MTD is None else tokens_MTD[image]

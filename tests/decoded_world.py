@@ -63,7 +63,9 @@ def uid(dataset: str, split: str, image: int) -> str:
     return f"{dataset}:{split}{image:02d}"
 
 
-def write_world(folder: Path, noise: float = 1.1, contaminated: bool = False) -> Path:
+def write_world(
+    folder: Path, noise: float = 1.1, contaminated: bool = False, averaged: int = 1
+) -> Path:
     """Write shards of two datasets and return their folder."""
     folder.mkdir(parents=True)
     rng = numpy_generator(0, "decoded world")
@@ -97,7 +99,8 @@ def write_world(folder: Path, noise: float = 1.1, contaminated: bool = False) ->
     sources = []
     for dataset in ("alpha", "beta"):
         for split in IMAGES:
-            sources.append(_source(folder, dataset, split, targets, weights, lift, noise, rng))
+            arrays = (targets, weights, lift, noise, rng, averaged)
+            sources.append(_source(folder, dataset, split, *arrays))
     for name, data in files.items():
         (folder / name).write_bytes(data)
     manifest = Manifest(
@@ -122,7 +125,7 @@ def write_world(folder: Path, noise: float = 1.1, contaminated: bool = False) ->
     return folder
 
 
-def _source(folder, dataset, split, targets, weights, lift, noise, rng) -> SourceEntry:
+def _source(folder, dataset, split, targets, weights, lift, noise, rng, averaged) -> SourceEntry:
     names = [name for name in VOXELS if name.startswith(f"{dataset}/")]
     tar_name, buffer, samples = f"{dataset}-{split}-000.tar", io.BytesIO(), []
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -144,7 +147,13 @@ def _source(folder, dataset, split, targets, weights, lift, noise, rng) -> Sourc
                 short = name.partition("/")[2]
                 members[f"{short}.voxels.npy"] = encode_npy(values.astype(np.float16))
                 rows[short] = tuple(
-                    RowInfo(session=1 + r, run=1, trial=100 * r + image, repetition=r)
+                    RowInfo(
+                        session=1 + r,
+                        run=1,
+                        trial=100 * r + image,
+                        repetition=r,
+                        repetitions=averaged,
+                    )
                     for r in range(repetitions)
                 )
             categories = (f"c{image % 3}",) if dataset == "alpha" else ()

@@ -277,8 +277,9 @@ def onecycle(total_steps: int, epochs: int, max_lr: float) -> list[float]:
 def triplet_bank(
     emb: Array, labels: Array, bank: Array, bank_labels: Array, margin: float
 ) -> float:
-    size = int(max(labels.max(), bank_labels.max())) + 1
-    batch, memory = (torch.from_numpy(np.eye(size, dtype=bool)[x]) for x in (labels, bank_labels))
+    # Labels may be any numbers, also -1: only equality counts.
+    names = np.unique(np.concatenate([labels, bank_labels]))
+    batch, memory = (torch.from_numpy(x[:, None] == names[None, :]) for x in (labels, bank_labels))
     similarity = cosine_similarity(torch.from_numpy(emb), torch.from_numpy(bank))
     return float(triplet_alignment(similarity, *alike(batch, memory), margin))
 

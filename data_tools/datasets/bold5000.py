@@ -35,6 +35,7 @@ from data_tools.datasets.bold5000_betas import (
     VolumeSource,
     selected_arrays,
 )
+from data_tools.datasets.bold5000_findings import compare_families, compare_repeats
 from data_tools.datasets.coco import Instances, read_instances
 from data_tools.datasets.identity import scene_category, uid_of_bold5000_name
 from data_tools.datasets.options import read_options
@@ -181,7 +182,11 @@ class BOLD5000Reader:
         ]
         detail = f"{len(missing)} missing, first {missing[0]}" if missing else "all there"
         findings.append(Finding("image files", not missing, detail))
-        findings.append(self._compare_lists(subject))
+        shown = self._presentation(subject)
+        findings.append(compare_families(self.config.path, subject, shown))
+        complete = self.config.max_sessions is None and self.config.expect != "consistent"
+        names = self._names(subject)
+        findings.append(compare_repeats(subject, names, self._repeated, complete))
         return tuple(findings)
 
     @cached_property
@@ -319,20 +324,3 @@ class BOLD5000Reader:
             if path.is_file():
                 return RoiArraySource(dict.fromkeys(names, path), "arbitrary")
         raise DataError(f"neither {candidates[0]} nor {candidates[1]} exists; {DOWNLOAD}")
-
-    def _compare_lists(self, subject: str) -> Finding:
-        """Compare the families of lists where several are there."""
-        fact = "stimulus lists"
-        shown = self._presentation(subject)
-        for path in lists.flat_list_paths(self.config.path, subject):
-            lines = read_lines(path, lists.DOWNLOAD)
-            names = tuple(lists.plain_name(line) for line in lines)
-            if names == shown.names:
-                continue
-            if len(names) != len(shown.names):
-                return Finding(fact, False, f"{path} has {len(names)} trials, {len(shown.names)}")
-            trial = next(i for i, name in enumerate(names) if name != shown.names[i])
-            return Finding(
-                fact, False, f"{path} line {trial + 1} is {names[trial]}, not {shown.names[trial]}"
-            )
-        return Finding(fact, True, f"{len(shown.names)} trials from {shown.sources[0].name} on")

@@ -23,6 +23,7 @@ from data_tools.datasets.raw_files import hdf5_array, load_mat, load_npy, open_h
 from data_tools.datasets.roi import check_label_volume
 from data_tools.datasets.volumes import (
     Nifti,
+    check_mask_fits,
     read_masked_nifti,
     read_nifti_header,
     read_volume,
@@ -166,6 +167,7 @@ class VolumeSource:
     def read(self, session: int, trials_of_session: dict[int, int]) -> NDArray[np.float32]:
         header = self._header(session, trials_of_session[session])
         values_TV = read_masked_nifti(header, self.xyz_V3, DOWNLOAD)
+        check_mask_fits(values_TV, header.path, str(self.mask_path))
         betas_NV = values_TV.astype(np.float32, copy=False)
         betas_NV[:, ~values_TV.any(axis=0)] = np.nan
         return betas_NV

@@ -33,6 +33,13 @@ TEN_RUN_SESSIONS = {
     "CSI3": (1, 3, 5, 6, 7, 11, 15),
     "CSI4": (1, 4, 9),
 }
+# Showings -> how many of the 113 images of the repeated list a complete subject saw so often.
+REPEATS = {
+    "CSI1": {3: 1, 4: 112},
+    "CSI2": {3: 1, 4: 112},
+    "CSI3": {2: 1, 3: 2, 4: 107, 5: 3},
+    "CSI4": {1: 16, 2: 39, 3: 37, 4: 13, 5: 1},
+}
 DOWNLOAD = "download it from the BOLD5000 site (BOLD5000_Stimuli.zip)"
 
 _RUN_FILE = re.compile(r"sess(\d+)_run(\d+)\.txt$", re.IGNORECASE)

@@ -46,7 +46,12 @@ from data_tools.datasets.roi import (
     parse_roi,
     union_of_masks,
 )
-from data_tools.datasets.volumes import read_masked_nifti, read_nifti_header, read_volume
+from data_tools.datasets.volumes import (
+    check_mask_fits,
+    read_masked_nifti,
+    read_nifti_header,
+    read_volume,
+)
 from dist_decoder.config.base import Section
 from dist_decoder.config.data import DatasetConfig
 from dist_decoder.errors import DataError
@@ -111,6 +116,7 @@ class CustomReader:
             header = read_nifti_header(path)
             xyz_V3 = self._mask_xyz(subject)[self._kept(subject)]
             stored_NV = read_masked_nifti(header, xyz_V3)
+            check_mask_fits(stored_NV, path, f"the mask in {path.parent}")
             betas_NV = stored_NV.astype(np.float32)
             if (header.slope, header.inter) != (1.0, 0.0):
                 betas_NV = betas_NV * np.float32(header.slope) + np.float32(header.inter)

@@ -31,6 +31,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from data_tools.datasets.bdata import DOWNLOAD, BData, open_bdata
+from data_tools.datasets.god_labels import (
+    check_label_precision,
+    decode_label,
+    describe_indices,
+    encode_label,
+)
 from data_tools.datasets.identity import imagenet_uid
 from data_tools.datasets.options import read_options
 from data_tools.datasets.protocol import Facts, Finding, Stimulus, SubjectFacts, VoxelTable
@@ -197,6 +203,7 @@ class GODReader:
                 f"{len(missing)} missing, first {missing[0]}" if missing else "all there",
             ),
             Finding("one-back trials", True, f"{one_back} left out"),
+            describe_indices(data, labels),
             Finding("voxel columns", overlap >= 0, f"{overlap} columns outside the selection"),
         )
 
@@ -292,39 +299,6 @@ class GODReader:
     @cached_property
     def _test_ids(self) -> frozenset[str]:
         return frozenset(item.stimulus_id for item in self.stimuli() if item.is_test)
-
-
-def decode_label(value: float) -> str:
-    """Return ``n########_<number>`` of a label, or ``n########`` of a bare synset.
-
-    Six decimals are written out first: the shortest text of 1443537.02256 would drop the zero of
-    image 22560.
-    """
-    synset, _, number = f"{value:.6f}".partition(".")
-    wnid = f"n{int(synset):08d}"
-    return f"{wnid}_{int(number)}" if int(number) else wnid
-
-
-def encode_label(stimulus_id: str) -> float:
-    """Return the label of a stimulus id: the inverse of ``decode_label``."""
-    wnid, _, number = stimulus_id.partition("_")
-    return float(f"{int(wnid[1:])}.{int(number or 0):06d}")
-
-
-def check_label_precision(labels: NDArray[Any], path: Path) -> None:
-    """Refuse labels that went through float32, which merges images of a synset.
-
-    Raises:
-        DataError: the column is float32, or every label is a float32 number although labels
-            with image numbers never are.
-    """
-    with_image = labels[labels != np.floor(labels)] if labels.dtype == np.float64 else labels
-    rounded = with_image.size and (with_image == with_image.astype(np.float32)).all()
-    if labels.dtype != np.float64 or rounded:
-        raise DataError(
-            f"{path}: labels are float32 (or were once), which merges different images of a "
-            f"synset; they need float64: {DOWNLOAD}"
-        )
 
 
 def _roi_columns(data: BData) -> dict[str, NDArray[np.bool_]]:

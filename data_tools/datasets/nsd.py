@@ -167,11 +167,37 @@ class NSDReader:
             complete = self.config.expect != "consistent"
             findings.append(Finding("responses.tsv", not complete, f"{responses} is not there"))
         findings.append(self._compare_planned_positions(number))
+        findings.append(self._own_voxels(subject))
         with open_hdf5(self.config.path / STIMULI, DOWNLOAD) as file:
             brick = hdf5_array(file, "imgBrick")
             self._check_brick(brick.shape, brick.dtype)
             findings.append(Finding("imgBrick", True, f"shape {brick.shape}"))
         return tuple(findings)
+
+    def _own_voxels(self, subject: str) -> Finding:
+        """No two people have the same voxels: equal ones are a copied mask."""
+        fact = "own mask"
+        if self.options.space == "fsaverage":
+            return Finding(fact, True, "the surface is common to all subjects")
+        for other in self.subjects():
+            if other != subject and self._same_voxels(subject, other):
+                name = self.config.roi or "nsdgeneral"
+                folders = [self.tree.roi_folder(one) for one in (subject, other)]
+                return Finding(
+                    fact,
+                    False,
+                    f"{name} selects the same voxels in {folders[0]} and {folders[1]}: one is a "
+                    f"copy of the other; {DOWNLOAD}",
+                )
+        return Finding(fact, True, "no other subject has the same voxels")
+
+    def _same_voxels(self, subject: str, other: str) -> bool:
+        own_V3 = self.tree.xyz(subject)
+        try:
+            shapes = [self.tree.volume_shape(one) for one in (subject, other)]
+            return shapes[0] == shapes[1] and np.array_equal(own_V3, self.tree.xyz(other))
+        except DataError:
+            return False  # the files of the other subject are reported where it is checked
 
     @cached_property
     def _stimulus_table(self) -> StimulusTable:

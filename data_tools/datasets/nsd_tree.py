@@ -31,6 +31,7 @@ from data_tools.datasets.roi import (
 )
 from data_tools.datasets.volumes import (
     check_hdf5_layout,
+    check_mask_fits,
     read_masked_hdf5,
     read_masked_nifti,
     read_nifti_header,
@@ -273,6 +274,9 @@ class NSDTree:
             stored_TV = read_masked_nifti(header, xyz_V3, DOWNLOAD)
         else:
             stored_TV = read_masked_hdf5(path, "betas", shape, INT16, xyz_V3, DOWNLOAD)
+        check_mask_fits(
+            stored_TV, path, f"roi {self.config.roi or 'nsdgeneral'} ({self.roi_folder(subject)})"
+        )
         betas_NV = stored_TV.astype(np.float32)
         betas_NV /= BETAS_PER_PERCENT
         betas_NV[:, ~stored_TV.any(axis=0)] = np.nan

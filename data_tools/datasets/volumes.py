@@ -24,6 +24,8 @@ from data_tools.datasets.raw_files import hdf5_array, open_hdf5, require_file
 from dist_decoder.errors import DataError
 
 _BLOCK_BYTES = 32 * 2**20
+_MOST_EMPTY = 0.25
+"""Part of the selected voxels that may be invalid in one session."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,29 @@ def read_masked_hdf5(
         except OSError as error:
             raise DataError(f"{path} is truncated or damaged ({error}); {remedy}") from error
     return values_TV
+
+
+def check_mask_fits(values_TV: NDArray[Any], betas: Path, mask: str) -> None:
+    """Refuse betas that are zero throughout in more than a quarter of the selected voxels.
+
+    Published betas are zero outside the brain of their own subject. A mask of another subject
+    whose volume happens to have the same shape can only be seen so.
+
+    Args:
+        values_TV: stored values of a session.
+        betas: their file.
+        mask: what selected the voxels, for the message.
+
+    Raises:
+        DataError: both files are named.
+    """
+    empty = int((~values_TV.any(axis=0)).sum())
+    if empty > _MOST_EMPTY * values_TV.shape[1]:
+        raise DataError(
+            f"{betas} is zero in every trial in {empty} of {values_TV.shape[1]} voxels that "
+            f"{mask} selects: mask and betas are of different subjects or spaces. Compare both "
+            "with the download page, or choose an ROI inside the scanned volume"
+        )
 
 
 def check_hdf5_layout(

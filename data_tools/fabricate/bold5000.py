@@ -1,4 +1,4 @@
-"""BOLD5000 in small: release 2.0 ROI betas, presentation lists, stimuli and labels."""
+"""BOLD5000 in small: responses of both releases, three families of lists, stimuli, labels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from functools import cached_property, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.fabricate import coco, deterministic
+from data_tools.fabricate import bold5000_files, coco, deterministic
 from data_tools.fabricate.acquisition import acquisition, draw_num_voxels
 from data_tools.fabricate.catalogue import Catalogue, Picture
 from data_tools.fabricate.deterministic import Tree
+from data_tools.fabricate.nsd_volumes import volume_shape
 from data_tools.fabricate.subjects import FabricatedSubject
 from dist_decoder.config.data import FabricateConfig
 from dist_decoder.rng import numpy_generator
@@ -20,7 +21,7 @@ TRIALS_PER_RUN = 37
 ROI_SHARES = {"EarlyVis": 0.35, "LOC": 0.25, "OPA": 0.15, "PPA": 0.15, "RSC": 0.1}
 """ROIs in the order of the files, with their part of a subject's voxels."""
 HEMISPHERES = ("LH", "RH")
-_BETAS = "GLMbetas-TYPED-FITHRF-GLMDENOISE-RR_allses"
+_BETAS = "GLMbetas-TYPED-FITHRF-GLMDENOISE-RR"
 _TEN_RUN_SESSIONS = {
     1: (1, 2, 3, 5, 7, 10, 15),
     2: (1, 3, 4, 5, 11, 12, 14),
@@ -127,7 +128,7 @@ def bold_subjects(catalogue: Catalogue) -> list[BoldSubject]:
 
 
 def write_bold5000(tree: Tree, subjects: list[BoldSubject]) -> None:
-    """Write ROI betas (py), lists, presented stimuli and labels.
+    """Write responses in the configured formats, lists, presented stimuli and labels.
 
     Source: Chang et al. 2019; release 2.0 README.
     Differs: the COCO labels are an ``instances_train2014.json`` instead of the published pickle.
@@ -165,11 +166,26 @@ def _write_subject(tree: Tree, subject: BoldSubject) -> None:
     name = subject.subject.name
     rois = tree.below("BOLD5000_GLMsingle_ROI_betas/py")
     betas_NV = subject.betas()
-    for roi, voxels in subject.roi_slices().items():
-        rois.write(f"{name}_{_BETAS}_{roi}.npy", deterministic.npy(betas_NV[:, voxels]))
+    slices = subject.roi_slices()
+    formats = subject.catalogue.config.bold5000.formats
+    if "roi_npy" in formats:
+        for roi, voxels in slices.items():
+            rois.write(f"{name}_{_BETAS}_allses_{roi}.npy", deterministic.npy(betas_NV[:, voxels]))
+    if "release1" in formats:
+        draw = numpy_generator(subject.seed, "bold release 1", name)
+        bold5000_files.write_release1(tree, name, betas_NV, slices, draw)
+    if "nii" in formats:
+        limit = subject.catalogue.config.bold5000.num_voxels[1]
+        shape = volume_shape(subject.number, limit)
+        rows_of_session = np.cumsum([runs * TRIALS_PER_RUN for runs in subject.runs])[:-1]
+        sessions = np.split(betas_NV, rows_of_session)
+        draw = numpy_generator(subject.seed, "bold volumes", name)
+        bold5000_files.write_volumes(tree, name, _BETAS, sessions, shape, draw)
     listed = subject.listed
     # The file names of release 1 say CSI0k.
     tree.write(f"ROIs/stim_lists/CSI0{subject.number}_stim_lists.txt", deterministic.lines(listed))
+    plain = [line.removeprefix("rep_") for line in listed]
+    tree.write(f"sub-{name}_imgnames.txt", deterministic.lines(plain))
     run = 0
     for session, runs in enumerate(subject.runs, 1):
         folder = f"BOLD5000_Stimuli/Stimuli_Presentation_Lists/{name}/{name}_sess{session:02d}"

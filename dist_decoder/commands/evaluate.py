@@ -15,7 +15,7 @@ from dist_decoder.commands.command_line import typed_command
 from dist_decoder.config.evaluate import EvaluateConfig, ModelRow
 from dist_decoder.config.progress import Progress, progress
 from dist_decoder.data.rows import SubjectRows, read_rows
-from dist_decoder.data.targets import read_targets
+from dist_decoder.data.targets import TargetStatistics, read_targets
 from dist_decoder.errors import CheckpointError, ConfigError, FormatError
 from dist_decoder.eval.baseline import RidgeDecoder, fit_ridge_decoder
 from dist_decoder.eval.categories import Classes, ClassSums
@@ -41,6 +41,7 @@ from dist_decoder.rng import key64
 from dist_decoder.stimuli import read_pictures
 from dist_decoder.storage import open_location
 from dist_decoder.train.checkpoint import find_checkpoint
+from dist_decoder.train.targets_of_base import check_masks, targets_of_base
 
 START = "start"
 """Folder below an adapted run with the checkpoint before its first step."""
@@ -67,7 +68,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     storage = open_location(config.shards)
     manifest = read_manifest(storage)
     work = _Work(config, manifest)
-    work.check_targets(read_targets(storage, manifest).arrays())
+    work.choose_targets(read_targets(storage, manifest))
     names = sorted({subject for model in work.models for subject in model.subjects})
     with progress("evaluate", 2 * len(names)) as counter:
         for dataset in dict.fromkeys(name.partition("/")[0] for name in names):
@@ -122,21 +123,37 @@ class _Work:
         self.tables: list[QueryTable] = []
         self.retrieved: list[Retrieved] = []
 
-    def check_targets(self, shards: dict[str, Any]) -> None:
-        """Refuse models whose targets are not those of the shards."""
+    def choose_targets(self, shards: TargetStatistics) -> None:
+        """Take the statistics of the models' targets, which must be one and the same.
+
+        Raises:
+            ConfigError: a model predicts other targets than those of the shards, or reads other
+                voxels, or the models differ.
+        """
+        where = self.config.shards
+        found = [
+            targets_of_base(model.predictor.meta, self.manifest, shards, where)
+            for model in self.models
+        ]
         for model in self.models:
-            meta = model.predictor.meta
-            own = meta.targets.arrays()
-            same = meta.encoder.id == self.manifest.encoder.id and all(
-                name in shards and np.array_equal(value, shards[name])
-                for name, value in own.items()
+            check_masks(model.predictor.meta, self.manifest, model.subjects)
+        self.targets = found[0]
+        if any(targets.is_raw != self.targets.is_raw for targets in found):
+            raise ConfigError(
+                "imported models, which predict raw tokens, and models trained here cannot share "
+                "one evaluation: call evaluate once for each kind"
             )
-            if not same:
-                raise ConfigError(
-                    f"{model.row.run} predicts targets of encoder {meta.encoder.id} with other "
-                    f"statistics than {self.config.shards}; evaluate it on the shards that it "
-                    "was trained on"
-                )
+
+    def rows(self, split: SplitName, name: str, max_sessions: int | None) -> SubjectRows:
+        """Return the rows of a subject, with targets as the models predict them."""
+        return read_rows(
+            self.config.shards,
+            split,
+            subjects=(name,),
+            max_sessions=max_sessions,
+            allow_holdout=True,
+            standardise_by=self.targets,
+        )[name]
 
     def evaluate_dataset(self, dataset: str, subjects: Sequence[str], counter: Progress) -> None:
         """Fit baselines and class means on training rows, then score the test rows."""
@@ -146,7 +163,7 @@ class _Work:
         everybody_new = all(self._holdout(name) for name in subjects)
         for name in subjects:
             if self.config.ridge or has_classes:
-                rows = _rows(self.config.shards, "train", name, self._sessions(name))
+                rows = self.rows("train", name, self._sessions(name))
                 if self.config.ridge:
                     ridges[name] = self._fit_ridge(rows)
                 if has_classes and (everybody_new or not self._holdout(name)):
@@ -220,7 +237,8 @@ class _Work:
         self, name: str, classes: Classes | None, ridge: RidgeDecoder | None
     ) -> None:
         config = self.config
-        rows = _rows(config.shards, config.split, name, None)
+        rows = self.rows(config.split, name, None)
+        repetitions = float(np.mean([info.repetitions for info in rows.infos_N]))
         trials = make_trials(
             name,
             rows.image_N,
@@ -229,7 +247,8 @@ class _Work:
             _targets(rows),
             rows.categories_M,
             holdout=self._holdout(name),
-            bayes=self._bayes_of(name, len(rows.uids_M)),
+            bayes=self._bayes_of(name, len(rows.uids_M), repetitions),
+            repetitions=repetitions,
         )
         if ridge is not None:
             for output in ridge.fits:
@@ -250,7 +269,7 @@ class _Work:
                 shown = True
                 self._show(trials, model.row.model, found)
 
-    def _bayes_of(self, name: str, pool: int) -> dict[str, Bayes]:
+    def _bayes_of(self, name: str, pool: int, repetitions: float) -> dict[str, Bayes]:
         entry = self.bayes.get(name)
         if entry is None or self.config.split != "test":
             return {}
@@ -258,6 +277,12 @@ class _Work:
             self.notes.append(
                 f"{name}: the ground truth was simulated for a pool of {entry['pool']}, the test "
                 f"split has {pool}; its Bayes score is left out"
+            )
+            return {}
+        if repetitions > 1:
+            self.notes.append(
+                f"{name}: a query is the mean of {repetitions:.3g} trials; the ground truth was "
+                "simulated for single trials, and its Bayes score is left out"
             )
             return {}
         return {
@@ -352,12 +377,6 @@ def _session_limit(predictor: Predictor) -> int | None:
     config = predictor.meta.config
     limit = config.get("sessions") or config.get("data", {}).get("max_sessions")
     return None if limit is None else int(limit)
-
-
-def _rows(shards: str, split: SplitName, name: str, max_sessions: int | None) -> SubjectRows:
-    return read_rows(
-        shards, split, subjects=(name,), max_sessions=max_sessions, allow_holdout=True
-    )[name]
 
 
 def _targets(rows: SubjectRows) -> dict[str, NDArray[np.floating]]:

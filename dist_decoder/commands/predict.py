@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from dist_decoder.config.evaluate import PredictConfig
 from dist_decoder.data.rows import read_rows
+from dist_decoder.data.targets import TargetStatistics, read_targets
 from dist_decoder.errors import ConfigError
 from dist_decoder.eval.gallery import contact_sheet, png_bytes, thumbnail
 from dist_decoder.formats import Manifest, SplitName
@@ -27,6 +28,7 @@ from dist_decoder.predict import (
 )
 from dist_decoder.stimuli import read_pictures
 from dist_decoder.storage import atomic_write_bytes, atomic_write_json, open_location
+from dist_decoder.train.targets_of_base import check_masks, targets_of_base
 
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 _SHEET_ROWS = 24
@@ -58,13 +60,16 @@ def run(config: PredictConfig) -> dict[str, Any]:
         names = [str(row) for row in range(len(voxels_NV))]
         seen: list[str] | None = None
     else:
+        check_masks(predictor.meta, manifest, (config.subject,))
         rows = read_rows(shards, config.split, subjects=(config.subject,), allow_holdout=True)[
             config.subject
         ]
         voxels_NV = rows.voxels_NV
         names, seen = trial_names(rows), list(rows.image_uids)
     predicted = predictor.predict(config.subject, voxels_NV, config.sample_prior, config.seed)
-    pool = _pool(config, shards, manifest)
+    targets = read_targets(storage, manifest)
+    targets = targets_of_base(predictor.meta, manifest, targets, shards)
+    pool = _pool(config, shards, manifest, targets)
     found = retrieve(predicted, pool, config.top)
     return _write(config, predictor, predicted, pool, found, names, seen)
 
@@ -150,9 +155,11 @@ def _contact_sheet(
     return png_bytes(contact_sheet(lines, labels, first_is_seen=seen is not None))
 
 
-def _pool(config: PredictConfig, shards: str, manifest: Manifest) -> Pool:
+def _pool(
+    config: PredictConfig, shards: str, manifest: Manifest, targets: TargetStatistics
+) -> Pool:
     splits = _SPLITS if config.pool == "all" else (config.pool,)
-    return read_pool(shards, manifest, config.subject.partition("/")[0], splits)
+    return read_pool(shards, manifest, config.subject.partition("/")[0], splits, targets)
 
 
 def _shards_of(predictor: Predictor) -> str:

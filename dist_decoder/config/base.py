@@ -24,7 +24,12 @@ class Section(BaseModel):
     """A part of a configuration: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        # A refused value may be a password.
+        hide_input_in_errors=True,
     )
 
 

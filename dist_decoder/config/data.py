@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dist_decoder.config.base import Section
+from dist_decoder.config.storage import Location, StorageConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Part = Annotated[str, Field(pattern=r"^([0-9]+/[0-9]+|slurm)$")]
 PicturePx = Annotated[int, Field(ge=8, multiple_of=8)]
 """Side of a fabricated picture: a multiple of its 8 blocks."""
 
@@ -44,6 +46,9 @@ class FabricatedBOLD5000(Section):
     subjects: tuple[int, ...] = (1, 2, 3, 4)
     sessions: PositiveInt = 4
     num_voxels: tuple[int, int] = (180, 230)
+    formats: tuple[Literal["roi_npy", "release1", "nii"], ...] = ("roi_npy",)
+    """Files of responses. roi_npy: ROI arrays of release 2. release1: ROI arrays of release 1, .mat
+    and .h5, in another unit. nii: volumes of release 2 by session, and masks of the same voxels."""
     shared_with_nsd: int = 280
     """NSD test images that are also BOLD5000 training stimuli (all 1,000 in the real data)."""
     image_px: PicturePx = 64
@@ -196,6 +201,19 @@ class EncoderConfig(Section):
     """labels: width of the label vectors."""
     batch_size: PositiveInt = 64
     device: str = "auto"
+    workers: PositiveInt = 1
+    """Processes that embed at the same time, each with an encoder of its own."""
+    part: Part | None = None
+    """The part of the images that this process embeds, as shard.part."""
+
+
+class LowLevelConfig(Section):
+    """Latents of a VAE, for MindEye2's low-level branch (loss.low_level_l1)."""
+
+    vae: Path
+    """Folder of an AutoencoderKL in diffusers' layout: config.json and safetensors."""
+    batch_size: PositiveInt = 16
+    device: str = "auto"
 
 
 class SynthesiseConfig(Section):
@@ -214,6 +232,10 @@ class SynthesiseConfig(Section):
     """Signed residual noise: N(0, residual SD of each voxel) or rows drawn from held-out
     residuals."""
     noise_scale: Annotated[float, Field(ge=0)] = 1.0
+    workers: PositiveInt = 1
+    """Processes that fit encoding models at the same time, each one subject at a time."""
+    part: Part | None = None
+    """The part of the subjects that this process does, as shard.part."""
 
 
 class ShardConfig(Section):
@@ -234,9 +256,20 @@ class ShardConfig(Section):
     average_test_trials: bool = False
     """Average the rows of test and imagery images only, as papers on GOD do with its 35
     repetitions (named in the manifest). Scores rise with the number of repetitions."""
+    average_scale: Literal["mean", "sqrt_n"] = "mean"
+    """What an averaged row is. mean: the mean of its n trials, whose noise is sqrt(n) times smaller
+    than that of the trials a decoder learned from. sqrt_n: that mean times sqrt(n), so that noise
+    has the size it had in training, and signal is larger."""
     public: bool = False
     """The shards are to be passed on: refuse datasets whose terms forbid that."""
-    token_dtype: Literal["float16", "float32"] = "float16"
+    workers: PositiveInt = 1
+    """Processes that write tars at the same time. Each reads the betas of one dataset."""
+    part: Part | None = None
+    """The part of the tars that this process writes: i/n with i from 0, or slurm for the task of
+    an array job. The call that finds all parts finished writes the manifest."""
+    token_dtype: Literal["float16", "float32", "bfloat16", "int8"] = "float16"
+    """int8 has one scale per token and half the bytes of float16. The error against the encoder's
+    tokens is measured, printed, and kept in the manifest."""
     voxel_dtype: Literal["float16", "float32"] = "float16"
 
 
@@ -253,10 +286,19 @@ class DataConfig(Section):
     check: CheckConfig = CheckConfig()
     split: SplitConfig = SplitConfig()
     embed: EncoderConfig = EncoderConfig()
+    low_level: LowLevelConfig | None = None
+    """Present: ``embed`` makes VAE latents too, and ``shard`` puts them into the tars."""
     synthesise: SynthesiseConfig = SynthesiseConfig()
     shard: ShardConfig = ShardConfig()
     shards_name: str = "shards"
     """Folder of the shards below ``output``; one store can hold several shardings."""
+    shards_url: Location | None = None
+    """Folder or object-store URL of the shards instead of ``output``/``shards_name``."""
+    derived_url: Location | None = None
+    """Folder or object-store URL of what ``embed`` and ``synthesise`` write instead of the
+    store."""
+    storage: StorageConfig = StorageConfig()
+    """Retries and deadlines of ``shards_url`` and ``derived_url`` in an object store."""
 
     @model_validator(mode="after")
     def _datasets_are_distinct(self) -> DataConfig:
@@ -276,4 +318,15 @@ class DataConfig(Section):
 
     @property
     def shards(self) -> Path:
+        """Folder of the shards where they are not in an object store."""
         return self.output / self.shards_name
+
+    @property
+    def derived(self) -> str | Path:
+        """Folder or URL that holds embeddings and synthetic responses."""
+        return self.store if self.derived_url is None else self.derived_url
+
+    @property
+    def shards_location(self) -> str | Path:
+        """Folder or URL that the shards are written to."""
+        return self.shards if self.shards_url is None else self.shards_url

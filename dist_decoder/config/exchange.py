@@ -18,6 +18,9 @@ class ImportConfig(Section):
     subjects: tuple[str, ...] | None = None
     """dataset/subject of every ridge layer, in order; None tells NSD's subjects by their numbers
     of voxels, which all differ."""
+    encoder: str | None = None
+    """Id of the encoder whose raw tokens it was trained on, as a manifest of shards names it. None:
+    the released one, any build of ViT-bigG-14, laion2b_s39b_b160k, clip_input=mindeye2."""
 
 
 class ExportConfig(Section):

@@ -37,6 +37,22 @@ class TargetStatistics:
     tokens_mean_TD: NDArray[np.float32] | None = None
     tokens_scale: float | None = None
 
+    @classmethod
+    def raw(cls, pooled_dim: int, token_shape: tuple[int, int] | None) -> TargetStatistics:
+        """Return the statistics that leave targets as the encoder gives them."""
+        mean_E = np.zeros(pooled_dim, np.float32)
+        if token_shape is None:
+            return cls(mean_E, 1.0)
+        return cls(mean_E, 1.0, np.zeros(token_shape, np.float32), 1.0)
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether targets are left as the encoder gives them: mean 0, scale 1."""
+        return all(
+            not value.any() if "mean" in name else value == 1
+            for name, value in self.arrays().items()
+        )
+
     def standardise_pooled(self, pooled_NE: NDArray[Any]) -> NDArray[np.float32]:
         """Return (N, E) float32 (x - mean) / scale."""
         out_NE = np.subtract(pooled_NE, self.pooled_mean_E, dtype=np.float32)

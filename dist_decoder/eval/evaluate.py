@@ -65,6 +65,8 @@ class SubjectTrials:
     categories_M: tuple[tuple[str, ...], ...]
     bayes: dict[str, Bayes] = field(default_factory=dict)
     """By metric."""
+    repetitions: float = 1.0
+    """Trials averaged in one row; the mean over rows where it differs."""
 
     @property
     def name(self) -> str:
@@ -86,6 +88,7 @@ def make_trials(
     *,
     holdout: bool = False,
     bayes: dict[str, Bayes] | None = None,
+    repetitions: float = 1.0,
 ) -> SubjectTrials:
     """Return the test trials of one subject (``dataset/subject``) with a pool sorted by name.
 
@@ -97,6 +100,7 @@ def make_trials(
         categories_M: categories of each image.
         holdout: whether joint training never saw the subject.
         bayes: optimal scores by metric.
+        repetitions: trials averaged in one row, on average.
 
     Raises:
         DataError: fewer than two images, or an image is listed twice.
@@ -124,6 +128,7 @@ def make_trials(
         },
         categories_M=tuple(tuple(categories_M[image]) for image in order_M),
         bayes=bayes or {},
+        repetitions=repetitions,
     )
 
 
@@ -264,6 +269,7 @@ def _table(
         values_Q=values_N.astype(np.float32),
         images_Q=np.asarray(trials.pool_M)[trials.own_N],
         trials_Q=trials.trials_N,
+        repetitions=trials.repetitions,
     )
 
 
@@ -296,4 +302,5 @@ def _category_table(
         values_Q=hits.astype(np.float32),
         images_Q=np.asarray(trials.pool_M)[trials.own_N][known_N],
         trials_Q=trials.trials_N[known_N],
+        repetitions=trials.repetitions,
     )

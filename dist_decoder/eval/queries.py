@@ -64,6 +64,8 @@ class QueryTable:
     """(Q,) image_uid that was shown."""
     trials_Q: NDArray[np.str_]
     """(Q,) identity of the trial within the subject."""
+    repetitions: float = 1.0
+    """Trials averaged in one query; the mean over queries where it differs."""
 
     def __post_init__(self) -> None:
         if not self.values_Q.shape == self.images_Q.shape == self.trials_Q.shape:
@@ -191,8 +193,10 @@ def _join(known: QueryTable, table: QueryTable) -> QueryTable:
         )
     fresh = ~np.isin(table.trials_Q, known.trials_Q)
     counts = len(known.trials_Q), int(fresh.sum())
+    repetitions = known.repetitions * counts[0] + table.repetitions * counts[1]
     return replace(
         known,
+        repetitions=repetitions / sum(counts),
         chance=(known.chance * counts[0] + table.chance * counts[1]) / sum(counts),
         values_Q=np.concatenate([known.values_Q, table.values_Q[fresh]]),
         images_Q=np.concatenate([known.images_Q, table.images_Q[fresh]]),

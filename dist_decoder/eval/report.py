@@ -24,7 +24,7 @@ def make_report(evaluation: Evaluation, command: str) -> dict[str, Any]:
 
     ``results`` is a list of rows: dataset, subject (without the dataset, or ``all``), model,
     output, metric, value, ci_low, ci_high, chance, bayes (or null), pool, num_stimuli,
-    num_queries, repetitions (trials averaged in one query: 1), protocol, seed, holdout; rows of
+    num_queries, repetitions (trials averaged in one query), protocol, seed, holdout; rows of
     an adapted model also hold step0 with its interval.
     """
     content = describe(evaluation)

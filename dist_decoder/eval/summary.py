@@ -96,6 +96,7 @@ def _pool(key: TableKey, members: Sequence[QueryTable]) -> QueryTable:
         values_Q=values_Q,
         images_Q=np.concatenate([table.images_Q for table in members]),
         trials_Q=np.concatenate(trials),
+        repetitions=float(share @ [table.repetitions for table in members]),
     )
 
 
@@ -132,7 +133,7 @@ def _row(
         "pool": table.pool,
         "num_stimuli": interval.num_clusters,
         "num_queries": interval.num_queries,
-        "repetitions": 1,
+        "repetitions": round(table.repetitions, 3),
         "protocol": table.protocol,
         "seed": key.seed,
         "holdout": table.holdout,

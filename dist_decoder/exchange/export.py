@@ -18,7 +18,13 @@ from dist_decoder.manifest import read_manifest
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import atomic_file, atomic_write_bytes, atomic_write_json, open_location
 from dist_decoder.train.canonical import read_state
-from dist_decoder.train.checkpoint import CheckpointMeta, load_for_inference, target_tensors
+from dist_decoder.train.checkpoint import (
+    CheckpointMeta,
+    load_for_inference,
+    read_meta,
+    resolve_base,
+    target_tensors,
+)
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
@@ -40,11 +46,13 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
 
 def _write_mindeye2(config: ExportConfig, decoder: Decoder, meta: CheckpointMeta) -> None:
+    root = _root(meta)
+    # An adapted model has a subject layer of its own, and none of its base's.
     imported = meta.config.get("imported_from", {})
     order = config.subjects or imported.get("order") or list(decoder.ridge.num_voxels)
     if config.output.suffix != ".pth":
         raise ConfigError(f"output of format=mindeye2 is a file like last.pth, not {config.output}")
-    stored = read_state(meta.folder, kinds=(KEPT,))
+    stored = read_state(root.folder, kinds=(KEPT,))
     kept = {name: kinds[KEPT] for name, kinds in stored.items()}
     # A view of a larger tensor would be saved with all of it.
     state = {
@@ -66,6 +74,7 @@ def _write_folder(config: ExportConfig, decoder: Decoder, meta: CheckpointMeta) 
         kind=meta.kind,
         step=meta.step,
         source_fingerprint=meta.fingerprint,
+        lora=meta.document.lora,
     )
     tensors = {name: parameter.data for name, parameter in decoder.named_parameters()}
     tensors |= {name: kinds["target"] for name, kinds in target_tensors(meta.targets).items()}
@@ -80,17 +89,28 @@ def _write_folder(config: ExportConfig, decoder: Decoder, meta: CheckpointMeta) 
 
 
 def _licences(config: ExportConfig, meta: CheckpointMeta) -> tuple[dict[str, str], dict[str, str]]:
-    imported = meta.config.get("imported_from")
-    if imported and config.shards is None:
-        return {
-            "weights": f"imported from {imported['file']}: the terms of its authors apply, which "
-            "the file does not state"
-        }, {}
+    """Return the licences and citations of the data and of imported weights."""
+    imported = _root(meta).config.get("imported_from")
+    weights = {}
+    if imported:
+        weights["weights"] = (
+            f"imported from {imported['file']}: the terms of its authors apply, which the file "
+            "does not state"
+        )
     shards = config.shards or meta.config.get("data", {}).get("shards")
+    if shards is None and imported:
+        return weights, {}
     if shards is None or (Path(shards).is_absolute() and not Path(shards).exists()):
         raise ConfigError(
             f"the shards {shards} that {config.checkpoint} was trained on are not here: give a "
             "copy with shards=FOLDER, since the licences of the data stand in their manifest"
         )
     manifest = read_manifest(open_location(shards))
-    return manifest.licences, manifest.citations
+    return weights | manifest.licences, manifest.citations
+
+
+def _root(meta: CheckpointMeta) -> CheckpointMeta:
+    """Return the checkpoint that was trained, or imported, without a base."""
+    while meta.document.base is not None:
+        meta = read_meta(resolve_base(meta.folder, meta.document.base))
+    return meta

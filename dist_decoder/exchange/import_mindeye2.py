@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from dist_decoder.config.exchange import ImportConfig
@@ -18,6 +17,7 @@ from dist_decoder.formats import EncoderEntry
 from dist_decoder.storage import sha256_file
 from dist_decoder.train.canonical import checkpoints_of, read_document, write_state
 from dist_decoder.train.checkpoint import CheckpointDocument, SubjectInfo, target_tensors
+from dist_decoder.train.targets_of_base import IMPORTED_KIND, RELEASED_ENCODER, UNKNOWN_MASK
 
 NSD_VOXELS = {
     "nsd/subj01": 15724,
@@ -32,14 +32,24 @@ NSD_VOXELS = {
 """Voxels of NSD's nsdgeneral mask at 1.8 mm, by subject."""
 KEPT = "kept"
 """Kind of the tensors that are kept for the way back only."""
-ENCODER_ID = "mindeye2-openclip-bigG-tokens"
 _POOLED_DIM = 1280
+RELEASED_LOSS = LossConfig(
+    prior=30.0,
+    bimixco=1.0,
+    softclip=1.0,
+    pooled_contrastive=0.0,
+    token_contrastive=0.0,
+    pooled_mse=0.0,
+    token_mse=0.0,
+)
+"""What the released script minimises, without its low-level terms."""
 
 
 def import_mindeye2(config: ImportConfig) -> dict[str, Any]:
     """Write a run folder with the imported model as its only checkpoint, at step 0.
 
-    The tokens of MindEye2 are not standardised: mean 0 and scale 1 are stored.
+    The tokens of MindEye2 are not standardised: mean 0 and scale 1 are stored, and whoever uses the
+    checkpoint reads raw tokens (``train.targets_of_base``).
 
     Returns:
         ``checkpoint`` (folder), ``subjects`` (name -> voxels), ``parameters``.
@@ -51,9 +61,7 @@ def import_mindeye2(config: ImportConfig) -> dict[str, Any]:
     order = name_subjects(ridge_voxels(state), config.subjects, str(config.checkpoint))
     decoder = decoder_from_released(state, order, str(config.checkpoint))
     assert decoder.token_shape is not None
-    targets = TargetStatistics(
-        np.zeros(_POOLED_DIM, np.float32), 1.0, np.zeros(decoder.token_shape, np.float32), 1.0
-    )
+    targets = TargetStatistics.raw(_POOLED_DIM, decoder.token_shape)
     source: dict[str, Any] = {"order": order, "file": config.checkpoint.name}
     if config.checkpoint.is_file():
         source["sha256"] = sha256_file(config.checkpoint)
@@ -63,18 +71,18 @@ def import_mindeye2(config: ImportConfig) -> dict[str, Any]:
         seed=0,
         model=decoder.config,
         subjects={
-            name: SubjectInfo(num_voxels=count, mask_fingerprint="not recorded by MindEye2")
+            name: SubjectInfo(num_voxels=count, mask_fingerprint=UNKNOWN_MASK)
             for name, count in decoder.ridge.num_voxels.items()
         },
         encoder=EncoderEntry(
-            id=ENCODER_ID,
-            kind="clip",
+            id=config.encoder or RELEASED_ENCODER,
+            kind=IMPORTED_KIND,
             pooled_dim=_POOLED_DIM,
             token_shape=decoder.token_shape,
         ),
         manifest_fingerprint="imported",
         config_fingerprint="imported",
-        config={"imported_from": source, "loss": LossConfig().model_dump(mode="json")},
+        config={"imported_from": source, "loss": RELEASED_LOSS.model_dump(mode="json")},
         ema=False,
     )
     own = {name: {"frozen": parameter.data} for name, parameter in decoder.named_parameters()}

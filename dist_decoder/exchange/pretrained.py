@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from dist_decoder.config.base import Section
-from dist_decoder.config.train import ModelConfig
+from dist_decoder.config.train import LoraConfig, ModelConfig
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.errors import CheckpointError
 from dist_decoder.formats import EncoderEntry
 from dist_decoder.nn.decoder import Decoder
+from dist_decoder.nn.lora import add_skips
 from dist_decoder.train.checkpoint import Kind, SubjectInfo, load_weights
 
 CONFIG_NAME = "config.json"
@@ -37,6 +38,8 @@ class PretrainedDocument(Section):
     step: int
     source_fingerprint: str
     """Of the checkpoint that was exported."""
+    lora: LoraConfig | None = None
+    """What an adapted model was trained with; all but Skip-LoRA is merged into the weights."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def from_pretrained(folder: str | Path, device: str | torch.device = "cpu") -> P
     encoder = document.encoder
     with torch.device("meta"):
         decoder = Decoder(document.model, subjects, encoder.pooled_dim, encoder.token_shape)
+        if document.lora is not None and document.lora.rank:
+            add_skips(decoder, document.lora)
     decoder.to_empty(device="cpu")
     weights = {name: value for name, value in tensors.items() if not name.startswith(_TARGETS)}
     load_weights(decoder, weights, folder)

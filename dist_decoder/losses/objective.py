@@ -23,7 +23,7 @@ from dist_decoder.losses.classes import (
     triplet_alignment,
 )
 from dist_decoder.losses.contrastive import cosine_similarity, symmetric_contrastive
-from dist_decoder.losses.memory import Memory
+from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.mixing import Mixture, bimixco
 from dist_decoder.losses.regression import correlation_sum, squared_error_sum
 from dist_decoder.losses.schedules import Phase, is_active, softclip_temperature
@@ -39,7 +39,7 @@ class ClassInputs:
     labels_BC: Tensor
     """Classes of the images of the global batch, boolean."""
     latents: Memory
-    tokens: Memory
+    tokens: ImageMemory
     reference_CC: Tensor | None
     """S_ref of the source subjects."""
     known_C: Tensor | None

@@ -146,7 +146,7 @@ class Decoder(nn.Module):
         A part without a gradient would still be decayed by AdamW, and never be of use.
         """
         unused = []
-        projected = loss.token_contrastive or loss.bimixco or loss.softclip or loss.relational
+        projected = loss.trains_projector
         wanted = {
             "middle.pooled": loss.pooled_contrastive or loss.pooled_mse,
             "middle.projector": projected,

@@ -52,7 +52,7 @@ def add_lora(decoder: Decoder, config: LoraConfig, seed: int) -> list[str]:
         assert isinstance(head, TokenHead)
         decoder.ends.tokens = LowRankTokenHead(head, config.rank, config.alpha)
     if config.rank > 0 and config.skip:
-        _add_skips(decoder, config)
+        add_skips(decoder, config)
     _start(decoder, seed)
     # peft freezes everything that is not an adapter.
     decoder.ridge.requires_grad_(True)
@@ -105,7 +105,12 @@ def _inject(decoder: Decoder, config: LoraConfig, targets: list[str]) -> None:
     peft.inject_adapter_in_model(settings, decoder)
 
 
-def _add_skips(decoder: Decoder, config: LoraConfig) -> None:
+def add_skips(decoder: Decoder, config: LoraConfig) -> None:
+    """Add the Skip-LoRA that ``config.skip`` names, at zero.
+
+    Raises:
+        ConfigError: the place does not exist in this model.
+    """
     subjects, width = decoder.ridge.num_voxels, decoder.ridge.latent_dim
     if "align" in config.skip:
         decoder.ends.skip = SkipLora(subjects, width, config.rank, config.alpha)

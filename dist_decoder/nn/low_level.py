@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_decoder.formats import LATENT_SHAPE
 from dist_decoder.nn.keyed import SampleKeys, keyed_dropout
 from dist_decoder.torchvision_shim import ensure_torchvision
 
 _CHANNELS, _SIDE = 64, 7
 _MAP_WIDTH = 512
 _DROPOUT = 0.3
-
-LATENT_SHAPE = (4, 28, 28)
-"""(C, H, W) of the predicted VAE latents: a picture of 224 pixels, divided by 8."""
 
 
 class LowLevelBranch(nn.Module):

@@ -74,6 +74,11 @@ def released_names(decoder: Decoder, order: Sequence[str]) -> dict[str, str]:
             "only a model with backbone.mixer=mindeye2, tokens=true and pooled=false has a "
             "MindEye2 form: this one has parts that the released code does not know"
         )
+    if decoder.ends.skip is not None or decoder.ends.dead_skips is not None:
+        raise ConfigError(
+            "Skip-LoRA has no place in a MindEye2 checkpoint, and cannot be merged into one: it is "
+            "not linear. Adapt without lora.skip, or export with format=safetensors"
+        )
     if sorted(order) != sorted(decoder.ridge.num_voxels):
         raise ConfigError(
             f"order {list(order)} must name every subject once: {list(decoder.ridge.num_voxels)}"

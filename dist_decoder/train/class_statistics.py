@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def make_class_statistics(config: ClassStatisticsConfig) -> dict[str, Any]:
         raise ConfigError(
             f"none of the subjects of {config.base} is in {config.shards} as a source subject"
         )
-    classes = _classes(config.shards, subjects)
+    classes = _classes(config.shards, subjects, config.min_images)
     sums = {
         rows.subject: _sums(decoder, rows, classes)
         for rows in iterate_rows(config.shards, "train", subjects, tokens=False)
@@ -77,11 +78,11 @@ def make_class_statistics(config: ClassStatisticsConfig) -> dict[str, Any]:
     }
 
 
-def _classes(shards: str, subjects: list[str]) -> tuple[str, ...]:
-    found: set[str] = set()
+def _classes(shards: str, subjects: list[str], min_images: int) -> tuple[str, ...]:
+    found: Counter[str] = Counter()
     for rows in iterate_rows(shards, "train", subjects, tokens=False):
-        found |= {name for names in rows.categories_M for name in names}
-    return tuple(sorted(found))
+        found.update(name for names in rows.categories_M for name in set(names))
+    return tuple(sorted(name for name, count in found.items() if count >= min_images))
 
 
 def _sums(decoder: Decoder, rows: SubjectRows, classes: tuple[str, ...]) -> ClassSums:

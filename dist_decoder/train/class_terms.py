@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_decoder.config.train import ClassLossConfig, LossConfig
 from dist_decoder.data.rows import SubjectRows
 from dist_decoder.errors import CheckpointError, ConfigError, DataError
-from dist_decoder.losses.memory import Memory
+from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.objective import ClassInputs
 from dist_decoder.losses.perturbation import perturb_subject
 from dist_decoder.nn.decoder import Decoder
@@ -58,7 +58,9 @@ class ClassTerms:
         self._place = {name: index for index, name in enumerate(names)}
         self._labels = labels
         self.latents = Memory(config.memory, latent_dim, len(names))
-        self.tokens = Memory(config.relational_memory, num_token_features, len(names))
+        self.tokens = ImageMemory(
+            config.relational_memory, num_token_features, len(names), config.relational_momentum
+        )
         self.reference_CC: Tensor | None = None
         self.known_C: Tensor | None = None
         self._mean_CTD: Tensor | None = None
@@ -122,7 +124,7 @@ class ClassTerms:
             CheckpointError: they are absent.
         """
         for name, memory in (("latents", self.latents), ("tokens", self.tokens)):
-            keys = {part: f"{MEMORY_PREFIX}.{name}.{part}" for part in ("features", "labels")}
+            keys = {part: f"{MEMORY_PREFIX}.{name}.{part}" for part in memory.state()}
             missing = [key for key in keys.values() if key not in state]
             if missing:
                 raise CheckpointError(f"the checkpoint has no {', '.join(missing)}")

@@ -82,7 +82,7 @@ def _finished_summary(config: TrainConfig) -> dict[str, Any]:
 
 
 def _job(config: TrainConfig, world: World) -> Job:
-    storage = open_location(config.data.shards)
+    storage = open_location(config.data.shards, config.data.storage)
     manifest = read_manifest(storage)
     subjects = choose_subjects(
         manifest, config.data.datasets, config.data.subjects, allow_holdout=False
@@ -117,7 +117,15 @@ def _job(config: TrainConfig, world: World) -> Job:
         classes = class_terms(config.loss, decoder, map(reader, subjects), None)
 
     def batches(start_step: int, needed: tuple[TargetName, ...]) -> Loader:
-        return Loader(config.data, config.seed, world.rank, world.size, start_step, targets=needed)
+        return Loader(
+            config.data,
+            config.seed,
+            world.rank,
+            world.size,
+            start_step,
+            targets=needed,
+            pinned=world.device.type == "cuda",
+        )
 
     return Job(
         folder=config.run,

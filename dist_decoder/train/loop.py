@@ -128,7 +128,7 @@ class _Run:
             raise TrainingError(
                 "every loss term is switched off or has no output: nothing to learn"
             )
-        names: tuple[TargetName, ...] = ("pooled", "tokens")
+        names: tuple[TargetName, ...] = ("pooled", "tokens", "low_level")
         wanted = {term.target for term in self.terms}
         self.needed = tuple(name for name in names if name in wanted)
         counts = (

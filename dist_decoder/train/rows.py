@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from dist_decoder.config.train import SourcesConfig
 from dist_decoder.data.rows import SubjectRows, read_rows
+from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.dist import World
 from dist_decoder.errors import DataError
 from dist_decoder.formats import Manifest, SplitName
@@ -14,9 +15,15 @@ from dist_decoder.train.validate import validate
 
 
 def subject_rows(
-    data: SourcesConfig, split: SplitName, allow_holdout: bool = False
+    data: SourcesConfig,
+    split: SplitName,
+    allow_holdout: bool = False,
+    standardise_by: TargetStatistics | None = None,
 ) -> Callable[[str], SubjectRows]:
-    """Return a function that reads one subject's measured rows of a split, without tokens."""
+    """Return a function that reads one subject's measured rows of a split, without tokens.
+
+    Targets are standardised by the shards' own statistics, or by those of a base model.
+    """
 
     def read(subject: str) -> SubjectRows:
         rows = read_rows(
@@ -26,6 +33,7 @@ def subject_rows(
             max_sessions=data.max_sessions,
             allow_holdout=allow_holdout,
             tokens=False,
+            standardise_by=standardise_by,
         )
         return rows[subject]
 
@@ -55,6 +63,7 @@ def validation_of(
     subjects: Sequence[str],
     world: World,
     distractors: bool = False,
+    standardise_by: TargetStatistics | None = None,
 ) -> Callable[[Decoder], dict[str, float]]:
     """Return a function that validates a decoder on rank 0, with rows read now.
 
@@ -64,6 +73,7 @@ def validation_of(
         subjects: whose rows; those without validation images are left out.
         world: other ranks than the first read nothing.
         distractors: put the training images of a subject into its pool too.
+        standardise_by: statistics of a base model, instead of those of the shards.
     """
     names = subjects_with_rows(manifest, subjects, "validation")
 
@@ -77,6 +87,7 @@ def validation_of(
                 subjects=names,
                 max_sessions=data.max_sessions,
                 allow_holdout=True,
+                standardise_by=standardise_by,
             )
         except DataError as error:
             error.add_note(f"while reading the {split} rows for validation")

@@ -38,7 +38,10 @@ _LEFTOVERS = (
 )  # fmt: skip
 """What a start may leave before its first checkpoint."""
 
-_FREE_KEYS = ("run", "resume", "engine", "checkpoint", "log", "data.workers", "data.cache_mb")
+_FREE_KEYS = (
+    "run", "resume", "engine", "checkpoint", "log", "data.workers", "data.worker_kind",
+    "data.cache_mb", "data.cache", "data.storage",
+)  # fmt: skip
 """May change between a run and its continuation: they change no number of the result beyond
 rounding (world size and ZeRO stage)."""
 _PACKAGES = (

@@ -113,7 +113,9 @@ def compute_losses(
         if "subject_latents" in gathered:
             class_inputs.latents.add(gathered["subject_latents"], class_inputs.labels_BC)
         if config.relational > 0:
-            class_inputs.tokens.add(gathered["retrieval"], class_inputs.labels_BC)
+            class_inputs.tokens.add(
+                gathered["retrieval"], class_inputs.labels_BC, inputs.image_ids_B
+            )
     return losses
 
 

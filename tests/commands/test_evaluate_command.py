@@ -289,3 +289,13 @@ def test_rendered_text_names_the_rows(content):
     assert len(scored) == len({tuple(pair) for pair in scored})
     assert text.splitlines()[-1].startswith(f"{len(content['results'])} rows of scores")
     assert uid("alpha", "test", 0) not in text
+
+
+def test_averaged_trials_are_counted_and_have_no_optimum_of_single_trials(world, tmp_path):
+    shards = write_world(tmp_path / "shards", averaged=4)
+    write_run(tmp_path / "joint", shards, ("alpha/s1",), seed=3)
+    found = run(_config(world, tmp_path / "out", shards=str(shards), ridge=False,
+                        models=[{"model": "joint", "run": tmp_path / "joint"}]))  # fmt: skip
+    assert {row["repetitions"] for row in found["results"]} == {4}
+    assert {row["bayes"] for row in found["results"]} == {None}
+    assert "alpha/s1: a query is the mean of 4 trials" in " ".join(found["notes"])

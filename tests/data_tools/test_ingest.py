@@ -13,7 +13,7 @@ from interrupted import folder_digests, run_until_killed
 from numpy.typing import NDArray
 from tiny_dataset import SESSIONS, UIDS, VOXELS, TinyDataset, tiny_config
 
-from data_tools.ingest import describe_ingest, ingest
+from data_tools.ingest import IngestedDataset, describe_ingest, ingest
 from data_tools.store import COLUMNS, Store
 from dist_decoder.config.data import DatasetConfig
 from dist_decoder.errors import DataError, FormatError, StorageError
@@ -78,7 +78,10 @@ def test_an_image_of_two_datasets_has_one_source(store: Store) -> None:
 def test_the_terms_are_shown_and_invalid_voxels_counted(tmp_path: Path) -> None:
     text = describe_ingest(ingest(tiny_config(tmp_path), TinyDataset))
     assert "licence: CC0 (may be passed on); cite: alpha et al." in text
-    assert "alpha/s2 session 2: 1 voxels without a value in the whole session" in text
+    assert "  alpha/s2: voxels without a value in a whole session: 1 in session 2" in text
+    many = IngestedDataset("x", "CC0", "x", True)
+    many.invalid_voxels = {f"x/s1 session {number}": 3 for number in range(1, 41)}
+    assert "3 in session 5 and in 35 more sessions" in describe_ingest([many])
 
 
 def test_a_second_call_keeps_sessions_and_adds_new_ones(tmp_path: Path) -> None:

@@ -388,6 +388,7 @@ def test_options_act(prepared: Path) -> None:
     for name, overrides in {
         "default": (),
         "average": ("shard.average_trials=true",),
+        "sqrt_n": ("shard.average_trials=true", "shard.average_scale=sqrt_n"),
         "float32": ("shard.voxel_dtype=float32",),
         "run": ("shard.normalise=run",),
         "none": ("shard.normalise=none",),
@@ -414,6 +415,10 @@ def test_options_act(prepared: Path) -> None:
         np.testing.assert_allclose(average[uid][0], mean_V[None], atol=2e-3)
         assert average[uid][1].rows["s1"][0].trial == -1
         assert average[uid][1].rows["s1"][0].session == 3
+        assert average[uid][1].rows["s1"][0].repetitions == 3
+        assert info.rows["s1"][0].repetitions == 1
+        scaled = results["sqrt_n"][1][uid][0]
+        np.testing.assert_allclose(scaled, np.sqrt(3) * mean_V[None], atol=4e-3)
         assert results["float32"][1][uid][0].dtype == np.float32
         np.testing.assert_allclose(results["float32"][1][uid][0], voxels_RV, rtol=2e-3, atol=2e-3)
         assert np.abs(results["run"][1][uid][0] - voxels_RV).max() > 0.05
@@ -509,7 +514,11 @@ def test_only_test_rows_can_be_averaged(prepared: Path) -> None:
     manifest = read_manifest(storage)
     assert manifest.average_test_trials
     assert not manifest.average_trials
-    assert "means over repetitions" in manifest.notes[0]
+    assert "means over repetitions; scores" in manifest.notes[0]
+    scaled = (*changes[:1], "shard.average_scale=sqrt_n", "shards_name=scaled-tests")
+    shard(tiny_config(prepared, HOLDOUT, *scaled))
+    (note,) = read_manifest(LocalStorage(prepared / "scaled-tests")).notes
+    assert "means over repetitions times the square root of their number" in note
     rows = {source.split: set() for source in manifest.sources}
     for source in manifest.sources:
         for _, _, info in samples(storage, source):

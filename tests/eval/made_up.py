@@ -15,7 +15,15 @@ from dist_decoder.rng import numpy_generator
 
 
 def made_up_trials(
-    name, num_images=23, repetitions=3, width=6, seed=0, bayes=0.9, holdout=False, trials="t"
+    name,
+    num_images=23,
+    repetitions=3,
+    width=6,
+    seed=0,
+    bayes=0.9,
+    holdout=False,
+    trials="t",
+    averaged=1.0,
 ) -> SubjectTrials:
     """A subject whose images have random pooled and token targets."""
     dataset = name.partition("/")[0]
@@ -34,6 +42,7 @@ def made_up_trials(
         [(f"class{image % 4}",) for image in range(num_images)],
         holdout=holdout,
         bayes=score,
+        repetitions=averaged,
     )
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from made_up import made_up_tables, made_up_trials
 
+from dist_decoder.eval.queries import merge_tables, pack_tables, unpack_tables
 from dist_decoder.eval.summary import Settings, summarise
 
 SETTINGS = Settings(confidence=0.99, resamples=400, seed=0)
@@ -152,3 +153,22 @@ def test_seeds_stay_apart_and_are_paired_with_their_own():
         pair = [_find(found.results, model=m, subject="all", seed=seed, **FORWARD)["value"]
                 for m in ("joint", "single")]  # fmt: skip
         assert row["difference"] == pytest.approx(pair[0] - pair[1])
+
+
+def test_averaged_trials_are_told_and_pooled_by_their_share():
+    tables = []
+    for subject, num_images, averaged in (("subj01", 23, 3.0), ("subj02", 46, 1.5)):
+        person = made_up_trials(f"nsd/{subject}", num_images, repetitions=1, averaged=averaged)
+        tables += made_up_tables(person, "joint", 1.0)
+    tables = unpack_tables(pack_tables(tables), "test")
+    rows = {row["subject"]: row for row in summarise(tables, SETTINGS).results
+            if all(row[name] == value for name, value in FORWARD.items())}  # fmt: skip
+    assert [rows[s]["repetitions"] for s in ("subj01", "subj02", "all")] == [3, 1.5, 2]
+    fold = made_up_trials("nsd/subj01", 23, repetitions=1, averaged=1.0, trials="other")
+    (merged,) = [
+        table
+        for table in merge_tables([tables, made_up_tables(fold, "joint", 1.0)])
+        if table.key.subject == "subj01" and table.key.output == "pooled"
+        and table.key.metric == FORWARD["metric"]
+    ]  # fmt: skip
+    assert merged.repetitions == 2

@@ -10,7 +10,7 @@ from dist_decoder.losses.classes import (
     relational_consistency,
     triplet_alignment,
 )
-from dist_decoder.losses.memory import Memory
+from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.perturbation import perturb_subject
 from dist_decoder.losses.regression import correlation_sum
 
@@ -86,6 +86,41 @@ def test_memory_keeps_the_newest_known_finite_rows_without_gradient() -> None:
     other.load(memory.state())
     assert torch.equal(other.features_KF, memory.features_KF)
     assert torch.equal(other.labels_KC, memory.labels_KC)
+
+
+def test_image_memory_is_a_running_mean_per_image() -> None:
+    ids = torch.tensor([2**62 + 5, 7, 2**62 + 5, 9, 11])
+    memory = ImageMemory(9, F, C, momentum=0.75)
+    visits = [normal(5, F, seed=seed).requires_grad_() for seed in (1, 2)]
+    labels = torch.eye(C, dtype=torch.bool)[[0, 0, 1, 2, 1]]
+    labels[1] = False
+    expected: dict[int, Tensor] = {}
+    for rows in visits:
+        memory.add(rows, labels, ids)
+        unit = rows.detach() / rows.detach().norm(dim=1, keepdim=True)
+        for image in (2**62 + 5, 9, 11):
+            new = unit[ids == image]
+            old = expected.get(image, new.mean(dim=0))
+            expected[image] = 0.75 * old + 0.25 * new.mean(dim=0)
+    # Image 7 has no class; image 2**62 + 5 has those of both of its rows.
+    assert sorted(memory.image_K.tolist()) == sorted(expected)
+    for row, image in enumerate(memory.image_K.tolist()):
+        torch.testing.assert_close(memory.features_KF[row], expected[image])
+    assert not memory.features_KF.requires_grad
+    first = memory.labels_KC[memory.image_K.tolist().index(2**62 + 5)]
+    assert torch.equal(first, labels[0] | labels[2])
+    # The images that were visited last stay.
+    memory.add(normal(1, F), labels[:1], torch.tensor([9]))
+    small = ImageMemory(2, F, C, momentum=0.75)
+    small.load(memory.state())
+    assert torch.equal(small.image_K, memory.image_K)
+    small.add(normal(1, F), labels[:1], torch.tensor([3]))
+    assert small.image_K.tolist() == [9, 3]
+    newest = ImageMemory(2, F, C, momentum=0.0)
+    for rows in visits:
+        newest.add(rows[3:4], labels[3:4], ids[3:4])
+    unit = visits[1][3].detach() / visits[1][3].detach().norm()
+    torch.testing.assert_close(newest.features_KF[0], unit)
 
 
 def test_perturbation_has_a_gradient_and_moves_the_spread_of_chosen_rows_only() -> None:

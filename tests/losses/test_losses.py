@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_decoder.config.train import LossConfig
 from dist_decoder.losses.classes import class_prototypes
 from dist_decoder.losses.contrastive import cosine_similarity, symmetric_contrastive
-from dist_decoder.losses.memory import Memory
+from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.mixing import Mixture
 from dist_decoder.losses.objective import TERMS, ClassInputs, Inputs, active_terms, objective
 from dist_decoder.losses.regression import squared_error_sum
@@ -105,10 +105,10 @@ LABELS = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 1]]).b
 
 
 def class_inputs() -> ClassInputs:
-    latents, tokens = Memory(9, 8, C), Memory(9, 12, C)
+    latents, tokens = Memory(9, 8, C), ImageMemory(9, 12, C, 0.9)
     labels = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
     latents.add(normal(3, 8, seed=20), labels)
-    tokens.add(normal(3, 12, seed=21), labels)
+    tokens.add(normal(3, 12, seed=21), labels, torch.arange(3))
     reference, _ = class_prototypes(normal(3, 6, seed=22), labels)
     return ClassInputs(LABELS, latents, tokens, reference @ reference.mT, torch.ones(C).bool())
 

@@ -121,14 +121,21 @@ def test_statistics_are_of_sources_only_and_duala_uses_them(
     def labelled(*args: Any, **named: Any) -> Iterator[SubjectRows]:
         for rows in plain(*args, **named):
             names = tuple(
-                tuple(f"c{number}" for number in range(6) if number != image % 6)
+                (
+                    *(f"c{number}" for number in range(6) if number != image % 6),
+                    *(("rare",) if image == 0 else ()),
+                )
                 for image in range(len(rows.uids_M))
             )
             yield replace(rows, categories_M=names)
 
     monkeypatch.setattr(module, "iterate_rows", labelled)
     monkeypatch.setattr("dist_decoder.stats.classes.LARGEST_RANK_ONE_SHARE", 1.0)
+    assert "rare" in module.make_class_statistics(config)["classes"]
+    # One image of each of three subjects.
+    config = config.model_copy(update={"min_images": 4})
     summary = module.make_class_statistics(config)
+    assert summary["classes"] == [f"c{number}" for number in range(6)]
     assert summary["subjects"] == ["alpha/s1", "alpha/s2", "beta/s1"]
     loss = {
         "relational": 0.1, "triplet": 1.0, "skip": 1.0,

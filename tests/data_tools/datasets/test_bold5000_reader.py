@@ -248,6 +248,8 @@ def test_genuine_lists_give_the_published_counts(tmp_path: Path) -> None:
         assert found[subject, "train_images"] == (4803 if full else 2846)
         assert found[subject, "test_trials"] == (451 if full else 262)
         assert found[subject, "test_images"] == (113 if full else 106)
+        told = ", ".join(f"{images} x {times}" for times, images in sorted(histogram.items()))
+        assert found[subject, "repeats"] == f"{told} (images x showings)"
         trials = bold.trials(subject)
         sizes = [333] * 6 + [370] * 3 if not full else [333] * 8 + [370] * 7
         assert sorted(trials["session"].value_counts().tolist()) == sizes

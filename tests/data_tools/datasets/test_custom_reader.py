@@ -41,7 +41,7 @@ def test_example_of_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "my_lab:shoe",
     }
     stated = re.findall(r"^\| `(.+?)` \|", PAGE.read_text().partition("## When")[2], re.MULTILINE)
-    assert len(stated) == 6
+    assert len(stated) == 7
 
 
 class Lab:

@@ -12,7 +12,8 @@ from bold5000_files import genuine_orders
 from PIL import Image
 
 from data_tools.check import check
-from data_tools.datasets.god import GODReader, decode_label, encode_label
+from data_tools.datasets.god import GODReader
+from data_tools.datasets.god_labels import decode_label, encode_label
 from data_tools.datasets.identity import uid_of_bold5000_name
 from data_tools.split_policies import synset_notes, synset_of, synsets_of_tests
 from dist_decoder.config.data import DataConfig, DatasetConfig
@@ -273,6 +274,9 @@ def test_wrong_indices_of_old_files_change_nothing(files: GODFiles) -> None:
                 file["dataset"][:, column] = wrong
         god = reader(files)
         found.append((god.trials("sub-01"), god.stimuli(), god.betas("sub-01", 2)))
+        told = {finding.fact: finding for finding in god.consistency("sub-01")}["image_index"]
+        assert told.ok
+        assert "contradicts stimulus_id in Subject1.h5, as before version 5" in told.detail
     assert found[0][0].equals(found[1][0])
     assert found[0][0]["stimulus_id"].tolist() == files.names
     assert found[0][1] == found[1][1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import h5py
 import nibabel as nib
+import nsd_files
 import numpy as np
 import pytest
 from nsd_files import TRIALS, VERSION, NSDFiles, write_nii
@@ -66,6 +67,50 @@ def test_mask_of_another_subject(files: NSDFiles) -> None:
     hdf5 = reader(files, options={"source": "hdf5"})
     with pytest.raises(DataError, match="expected"):
         hdf5.betas("subj01", 1)
+
+
+@pytest.fixture
+def same_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NSDFiles:
+    """Two people whose volumes have one shape, with zero around what was scanned."""
+    monkeypatch.setitem(nsd_files.SHAPES, "subj03", nsd_files.SHAPES["subj01"])
+    made = NSDFiles(tmp_path / "same")
+    for (subject, session), betas in list(made.betas.items()):
+        outside = made.masks[subject] == -1
+        made.write_betas(subject, session, np.where(outside[..., None], 0, betas).astype("i2"))
+    return made
+
+
+@pytest.mark.parametrize("source", ["nii", "hdf5"])
+def test_swapped_people_of_one_shape_show_as_voxels_without_values(
+    same_shape: NSDFiles, source: str
+) -> None:
+    """Mask and betas of different people: neither name, shape nor count is wrong."""
+    files = same_shape
+    masks = [files.roi_folder(name) / "nsdgeneral.nii.gz" for name in ("subj01", "subj03")]
+    first, second = (path.read_bytes() for path in masks)
+    assert check(configured(files, options={"source": source})).ok
+    masks[0].write_bytes(second)
+    masks[1].write_bytes(first)
+    with pytest.raises(DataError, match=r"betas_session01.*of \d+ voxels that roi nsdgeneral"):
+        reader(files, options={"source": source}).betas("subj01", 1)
+    message = first_difference(files, options={"source": source})
+    assert "mask and betas are of different subjects" in message
+    assert str(files.roi_folder("subj01")) in message
+    with pytest.raises(DataError, match="different subjects"):
+        ingest(configured(files, options={"source": source}))
+
+
+def test_a_mask_copied_from_another_person_is_named(same_shape: NSDFiles) -> None:
+    files = same_shape
+    for session in (1, 2, 3):  # values everywhere: nothing shows in the betas
+        betas = np.maximum(files.betas["subj01", session], 1)
+        files.write_betas("subj01", session, betas)
+    mask = files.roi_folder("subj01") / "nsdgeneral.nii.gz"
+    mask.write_bytes((files.roi_folder("subj03") / "nsdgeneral.nii.gz").read_bytes())
+    message = first_difference(files)
+    assert "own mask: nsdgeneral selects the same voxels in" in message
+    for name in ("subj01", "subj03"):
+        assert str(files.roi_folder(name)) in message
 
 
 def test_transposed_mask(files: NSDFiles) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import scipy.io
 from PIL import Image
 
+from data_tools.datasets.god import GODReader
+from data_tools.datasets.registry import open_dataset
 from data_tools.fabricate.bold5000 import num_once_shown
 from data_tools.fabricate.catalogue import Catalogue
 from data_tools.fabricate.god import _h5, god_subjects, label_number
 from data_tools.fabricate.world import World
-from dist_decoder.config.data import DataConfig
+from dist_decoder.config.data import DataConfig, DatasetConfig
 from dist_decoder.stats.reliability import ncsnr
 
 
@@ -133,13 +136,16 @@ def test_pictures_lie_in_synset_folders(god: Path, tiny_catalogue: Catalogue) ->
     assert not training & {p.label for p in tiny_catalogue.god_test}
 
 
-def test_wrong_indices_leave_everything_else_alone(tiny_config: DataConfig, god: Path) -> None:
+def test_wrong_indices_leave_everything_else_alone(
+    tiny_config: DataConfig, god: Path, tmp_path: Path
+) -> None:
     assert tiny_config.fabricate is not None
     wrong = tiny_config.fabricate.god.model_copy(update={"wrong_indices": True})
     fabricated = tiny_config.fabricate.model_copy(update={"god": wrong})
     catalogue = Catalogue(World(fabricated, tiny_config.seed), num_once_shown(fabricated))
     files = []
-    for data in (_h5(god_subjects(catalogue)[0]), (god / "Subject1.h5").read_bytes()):
+    contents = [_h5(god_subjects(catalogue)[0]), (god / "Subject1.h5").read_bytes()]
+    for data in contents:
         with h5py.File(io.BytesIO(data), "r") as file:
             keys = [key.decode() for key in file["metadata/key"][...]]
             value, matrix = file["metadata/value"][...], file["dataset"][...]
@@ -151,3 +157,17 @@ def test_wrong_indices_leave_everything_else_alone(tiny_config: DataConfig, god:
     assert (files[0][1][:, 0] != files[1][1][:, 0]).mean() > 0.5
     # Plausible: the same numbers, at other rows.
     np.testing.assert_array_equal(np.sort(files[0][1], axis=0), np.sort(files[1][1], axis=0))
+    # Both are read alike, and ``check`` says which file has the mistake.
+    told = []
+    for name, number in (("wrong", 0), ("right", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "Subject1.h5").write_bytes(contents[number])
+        shutil.copytree(god / "images", folder / "images")
+        reader = open_dataset(DatasetConfig(name="god", path=folder))
+        assert isinstance(reader, GODReader)
+        finding = {one.fact: one for one in reader.consistency("sub-01")}["image_index"]
+        told.append((reader.trials("sub-01")["stimulus_id"].tolist(), finding.ok, finding.detail))
+    assert told[0][:2] == told[1][:2] == (told[0][0], True)
+    assert "contradicts stimulus_id in Subject1.h5" in told[0][2]
+    assert "agrees with stimulus_id" in told[1][2]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import nibabel as nib
 import numpy as np
 import pytest
 
 from data_tools.check import check, check_failed
+from data_tools.datasets.protocol import Dataset
 from data_tools.datasets.registry import open_dataset
 from data_tools.fabricate.bold5000 import BoldSubject
+from data_tools.fabricate.bold5000_files import RELEASE1_SCALE
 from data_tools.fabricate.catalogue import Catalogue, Picture
 from data_tools.fabricate.god import GodSubject
 from data_tools.fabricate.nsd import nsd_subjects
+from data_tools.fabricate.run import fabricate
 from dist_decoder.config.data import DataConfig, DatasetConfig
+from dist_decoder.errors import DataError
 
 COCO = {"coco_annotations": "annotations/instances_train2014.json"}
 
@@ -80,6 +88,61 @@ def test_bold5000_reader_returns_betas_and_images(
         assert [stimuli[item].image_uid for item in table["stimulus_id"]] == _uids(subject.trials)
         assert table["category"].tolist() == [picture.label for picture in subject.trials]
         np.testing.assert_array_equal(reader.betas(name, 1), subject.betas())
+
+
+def test_every_format_of_bold5000_is_fabricated_and_read(
+    tmp_path: Path, tiny_config: DataConfig
+) -> None:
+    assert tiny_config.fabricate is not None
+    tiny = tiny_config.fabricate
+    tree = tiny.model_dump() | {"nsd": tiny.nsd.model_dump() | {"subjects": ()}}
+    tree["god"] = tiny.god.model_dump() | {"subjects": ()}
+    tree["bold5000"] = tiny.bold5000.model_dump() | {
+        "formats": ("roi_npy", "release1", "nii"),
+        "sessions": 2,
+        "image_px": 8,
+    }
+    config = DataConfig.model_validate({"output": tmp_path, "seed": 5, "fabricate": tree})
+    fabricate(config)
+    path = config.raw / "bold5000"
+    shapes = {nib.load(file).shape[:3] for file in (path / "masks").iterdir()}
+    assert len(shapes) == 2
+    assert all(len(set(shape)) == 3 for shape in shapes)
+
+    def opened(**options: str) -> Dataset:
+        return open_dataset(DatasetConfig(name="bold5000", path=path, options=dict(options)))
+
+    plain = opened()
+    volumes = opened(source="nii", mask="masks/{subject}.nii.gz")
+    release1 = {tr: opened(source="release1", tr=tr) for tr in ("1", "3", "4", "34")}
+    assert plain.subjects() == volumes.subjects() == release1["34"].subjects()
+    for name, sessions in (("CSI1", (1, 2)), ("CSI4", (1,))):
+        table = plain.trials(name)
+        assert table["session"].value_counts().to_dict() == dict.fromkeys(sessions, 370)
+        assert volumes.trials(name).equals(table)
+        for session in sessions:
+            betas_NV = plain.betas(name, session)
+            np.testing.assert_array_equal(volumes.betas(name, session), betas_NV)
+            found = {tr: reader.betas(name, session) for tr, reader in release1.items()}
+            np.testing.assert_allclose(found["34"], RELEASE1_SCALE * betas_NV, rtol=1e-5)
+            both_NV = (found["3"] + found["4"]) / 2
+            np.testing.assert_allclose(found["34"], both_NV, rtol=1e-4, atol=1e-4)
+            assert np.abs(found["1"] - found["34"]).mean() > RELEASE1_SCALE / 10
+        (path / f"ROIs/{name}/mat/{name}_ROIs_TR34.mat").unlink()
+        hdf5 = opened(source="release1").betas(name, 1)
+        np.testing.assert_array_equal(hdf5, release1["34"].betas(name, 1))
+    units = {reader.facts().unit for reader in (plain, release1["34"])}
+    assert units == {"percent signal change", "arbitrary"}
+    # Three families of lists: two hold rep_, and all of them give the same trials.
+    table = plain.trials("CSI1")
+    shutil.rmtree(path / "BOLD5000_Stimuli/Stimuli_Presentation_Lists")
+    for family in ("ROIs/stim_lists/CSI01_stim_lists.txt", "sub-CSI1_imgnames.txt"):
+        lines = (path / family).read_text().split()
+        assert [line.removeprefix("rep_") for line in lines] == table["stimulus_id"].tolist()
+        assert any(line.startswith("rep_") for line in lines) == (family[0] == "R")
+    entry = DatasetConfig(name="bold5000", path=path)
+    with pytest.raises(DataError, match="add the run lists"):
+        open_dataset(entry).trials("CSI1")
 
 
 @pytest.mark.parametrize("kind", ["mat", "h5"])
