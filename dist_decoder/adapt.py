@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from dist_decoder import dist
-from dist_decoder.config.train import AdaptConfig, LossConfig, SourcesConfig
+from dist_decoder.config.train import AdaptConfig, CheckpointConfig, LossConfig, SourcesConfig
 from dist_decoder.data.loader import Loader
 from dist_decoder.data.members import TargetName
 from dist_decoder.data.sources import choose_subjects
@@ -26,7 +27,6 @@ from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.lora import add_lora
 from dist_decoder.stats.classes import ClassStatistics, read_statistics
 from dist_decoder.storage import exclusive, open_location
-from dist_decoder.train.canonical import checkpoints_of
 from dist_decoder.train.checkpoint import (
     BaseInfo,
     CheckpointDocument,
@@ -37,8 +37,10 @@ from dist_decoder.train.checkpoint import (
     read_meta,
 )
 from dist_decoder.train.class_terms import class_terms
+from dist_decoder.train.job import Expectation, Job
 from dist_decoder.train.joint import subject_infos
-from dist_decoder.train.loop import Job, fit
+from dist_decoder.train.loop import fit
+from dist_decoder.train.places import checkpoints_of
 from dist_decoder.train.rows import subject_rows, subjects_with_rows, validation_of
 from dist_decoder.train.run_folder import (
     METRICS_NAME,
@@ -52,7 +54,7 @@ from dist_decoder.train.targets_of_base import targets_of_base
 from dist_decoder.train.validate import selection_score
 
 
-def adapt(config: AdaptConfig) -> dict[str, Any] | None:
+def adapt(config: AdaptConfig, expectation: Expectation | None = None) -> dict[str, Any] | None:
     """Adapt a joint model to a new subject, or train the same model from scratch on it.
 
     Every learning rate of ``lrs`` is trained in a folder of its own; the one with the best score
@@ -75,7 +77,7 @@ def adapt(config: AdaptConfig) -> dict[str, Any] | None:
             finished = run_on_first(lambda: _open(config, held), world)
             if finished is not None:
                 return {**finished, "already_finished": True} if world.is_first else None
-            summary = _try_rates(config, world)
+            summary = _try_rates(config, world, expectation)
             return summary if world.is_first else None
     finally:
         dist.stop()
@@ -86,7 +88,9 @@ def _open(config: AdaptConfig, held: ExitStack) -> dict[str, Any] | None:
     return open_run(config, config.run, config.resume)
 
 
-def _try_rates(config: AdaptConfig, world: World) -> dict[str, Any]:
+def _try_rates(
+    config: AdaptConfig, world: World, expectation: Expectation | None
+) -> dict[str, Any]:
     storage = open_location(config.data.shards, config.data.storage)
     manifest = read_manifest(storage)
     base = read_meta(run_on_first(lambda: find_checkpoint(config.base), world))
@@ -104,7 +108,7 @@ def _try_rates(config: AdaptConfig, world: World) -> dict[str, Any]:
         summary = run_on_first(partial(read_summary, folder), world)
         if summary is None:
             job = _job(config, rate, folder, data, base, manifest, targets, world)
-            summary = fit(job, world)
+            summary = fit(replace(job, expectation=expectation), world)
             if world.is_first:
                 write_summary(folder, summary)
         tried.append({"lr": rate, **summary})
@@ -169,7 +173,7 @@ def _job(
         config_fingerprint=config_fingerprint(config),
         config=config.model_dump(mode="json"),
         ema=config.optim.ema_decay > 0,
-        base=_base_info(config.run, base) if from_base else None,
+        base=_base_info(config, base) if from_base else None,
         lora=config.adapters if from_base else None,
     )
     training_rows = subject_rows(data, "train", allow_holdout=True, standardise_by=targets)
@@ -206,7 +210,7 @@ def _job(
         loss=loss,
         optim=config.optim.model_copy(update={"lr": rate}),
         engine=config.engine,
-        checkpoint=config.checkpoint,
+        checkpoint=_checkpoints_of_rate(config, folder.name),
         log=config.log,
         save_frozen=not from_base,
         classes=classes,
@@ -262,9 +266,22 @@ def _statistics(
     return statistics
 
 
-def _base_info(run: Path, base: CheckpointMeta) -> BaseInfo:
-    path = os.path.relpath(base.folder.resolve(), run.resolve())
+def _base_info(config: AdaptConfig, base: CheckpointMeta) -> BaseInfo:
+    if not isinstance(base.folder, Path):
+        path = base.folder
+    elif config.checkpoint.location is not None:
+        # From another place a path relative to the run leads nowhere.
+        path = str(base.folder.resolve())
+    else:
+        path = os.path.relpath(base.folder.resolve(), config.run.resolve())
     return BaseInfo(fingerprint=base.fingerprint, path=path)
+
+
+def _checkpoints_of_rate(config: AdaptConfig, name: str) -> CheckpointConfig:
+    location = config.checkpoint.location
+    if location is None:
+        return config.checkpoint
+    return config.checkpoint.model_copy(update={"location": f"{location.rstrip('/')}/{name}"})
 
 
 def _publish(run: Path, chosen: Path) -> None:

@@ -103,29 +103,32 @@ def _leave() -> None:
         torch_dist.destroy_process_group()
 
 
-class _Gather(torch.autograd.Function):
+class _GatherShared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, counts: tuple[int, ...], rank: int) -> Tensor:
         ctx.start = sum(counts[:rank])
         ctx.count = counts[rank]
-        return _all_gather(own, counts)
+        return gather_rows(own, counts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return grad[ctx.start : ctx.start + ctx.count], None, None
 
 
-def _all_gather(own: Tensor, counts: Sequence[int]) -> Tensor:
+def gather_rows(own: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the rows of all ranks in rank order, without gradient; a collective call."""
     longest = max(counts)
-    padded = own.new_zeros((longest, *own.shape[1:]))
-    padded[: len(own)] = own
+    padded = own.detach().contiguous()
+    if len(own) < longest:
+        padded = own.new_zeros((longest, *own.shape[1:]))
+        padded[: len(own)] = own
     received = [torch.empty_like(padded) for _ in counts]
     torch_dist.all_gather(received, padded)
     return torch.cat([block[:count] for block, count in zip(received, counts, strict=True)])
 
 
-def gather(own: Tensor, counts: Sequence[int], world: World) -> Tensor:
-    """Concatenate the rows of all ranks in rank order.
+def gather_shared(own: Tensor, counts: Sequence[int], world: World) -> Tensor:
+    """Concatenate the rows of all ranks in rank order, for a loss that every rank computes whole.
 
     Args:
         own: (counts[rank], ...) rows of this rank; every rank gives the same trailing shape.
@@ -147,7 +150,7 @@ def gather(own: Tensor, counts: Sequence[int], world: World) -> Tensor:
         )
     if world.size == 1:
         return own
-    return _Gather.apply(own, tuple(counts), world.rank)
+    return _GatherShared.apply(own, tuple(counts), world.rank)
 
 
 def sum_over_ranks(values: Tensor, world: World) -> Tensor:
@@ -172,6 +175,15 @@ def broadcast_object(value: Any, world: World, source: int = 0) -> Any:
     box = [value]
     torch_dist.broadcast_object_list(box, src=source, device=world.device)
     return box[0]
+
+
+def gather_objects(value: ValueT, world: World) -> list[ValueT]:
+    """Return the small (picklable) values of all ranks, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    torch_dist.all_gather_object(values, value)
+    return values
 
 
 def run_on_first(function: Callable[[], ValueT], world: World) -> ValueT:

@@ -38,12 +38,34 @@ class CheckpointError(RunError):
     """A checkpoint is missing, incomplete, or does not fit the model."""
 
 
+class SupersededError(RunError):
+    """A newer attempt of the same run has begun: this one must not write any more."""
+
+
 class StorageError(DistDecoderError):
     """A location cannot be read or written."""
 
 
 class TrainingError(DistDecoderError):
     """Training cannot go on (non-finite loss, dead rank)."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or gradient is not finite, once or too often: starting again would not help."""
+
+    exit_code = 65
+
+
+class LateRankError(TrainingError):
+    """A rank died, hangs, or lost its connection: the same command goes on."""
+
+    exit_code = 69
+
+
+class OutOfMemory(TrainingError):
+    """A rank needs more memory than there is."""
+
+    exit_code = 71
 
 
 class StoppedError(DistDecoderError):

@@ -31,6 +31,7 @@ from dist_decoder.train.checkpoint import (
     read_meta,
     resolve_base,
 )
+from dist_decoder.train.places import Place
 
 _MIN_STD = 1e-6
 
@@ -59,7 +60,7 @@ class Predicted:
 class Predictor:
     """A checkpoint that is ready to predict."""
 
-    def __init__(self, path: Path, device: str = "auto") -> None:
+    def __init__(self, path: Place, device: str = "auto") -> None:
         """Load the newest complete checkpoint of a run folder, or a checkpoint folder.
 
         Raises:

@@ -16,6 +16,7 @@ PACKAGES = ("dist_decoder", "data_tools", "launchers")
 BASE = {
     "errors",
     "config",
+    "cuts",
     "files",
     "storage",
     "formats",

@@ -7,12 +7,14 @@ from typing import Any
 import typer
 
 from dist_decoder.adapt import adapt
+from dist_decoder.commands.expected import expectation
 from dist_decoder.config.train import AdaptConfig
+from dist_decoder.estimate.estimate import estimate_adaptation
 
 
 def run(config: AdaptConfig) -> dict[str, Any]:
     """Adapt and return the summary; other ranks than the first end quietly."""
-    summary = adapt(config)
+    summary = adapt(config, expectation(config, estimate_adaptation))
     if summary is None:
         raise typer.Exit(0)
     return summary

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import typer
 
 from dist_decoder.commands.config_kind import kind_of_config
 from dist_decoder.config.base import Section
+from dist_decoder.config.checkpoint import (
+    CheckpointExportConfig,
+    CheckpointListConfig,
+    CheckpointVerifyConfig,
+)
 from dist_decoder.config.commandline import VerbCommand, add_verb, make_app, run_app, run_verb
 from dist_decoder.config.doctor import DoctorConfig
 from dist_decoder.config.estimate import EstimateConfig
@@ -37,8 +44,10 @@ add_verb(
     "Train one decoder on all subjects that are not held out.\n\n"
     "Alone it is one rank; `dist-launch local ranks=2 -- dist-decoder train CONFIG` or "
     "`torchrun -m dist_decoder train CONFIG` start more. The same command goes on with an "
-    "interrupted run. Exit code 75: stopped by SIGTERM or SIGUSR1 after saving; 130: Ctrl-C.",
+    "interrupted run. Exit code 75: stopped by SIGTERM, SIGUSR1 or SIGUSR2 after saving; 65: not "
+    "finite; 69: a rank is dead or hangs; 71: out of memory; 130: Ctrl-C.",
     render=_lazy_render("dist_decoder.commands.train:render"),
+    flags={"--profile": "log.profile=[10,12]"},
 )
 add_verb(
     app,
@@ -181,6 +190,88 @@ def export(
         json_output,
         config_required=False,
     )
+
+
+checkpoint_app = make_app("checkpoint", "List, verify and convert the checkpoints of a run.")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+
+class _ListCommand(VerbCommand):
+    verb_schema = CheckpointListConfig
+
+
+class _VerifyCommand(VerbCommand):
+    verb_schema = CheckpointVerifyConfig
+
+
+class _ExportStateCommand(VerbCommand):
+    verb_schema = CheckpointExportConfig
+
+
+_RUN = typer.Argument(..., metavar="RUN", help="Run folder, or folder or URL of checkpoints.")
+_OVERRIDES = typer.Argument(None, metavar="KEY=VALUE", help="The keys below.")
+_JSON = typer.Option(False, "--json", help="Print the result as JSON.")
+
+
+@checkpoint_app.command("ls", cls=_ListCommand)
+def checkpoint_ls(run: str = _RUN, json_output: bool = _JSON) -> None:
+    """List a run's checkpoints: step, time, size, complete or why not, and the best."""
+    _run_on_checkpoints(CheckpointListConfig, "list", run, (), json_output)
+
+
+@checkpoint_app.command("verify", cls=_VerifyCommand)
+def checkpoint_verify(
+    run: str = _RUN, overrides: list[str] | None = _OVERRIDES, json_output: bool = _JSON
+) -> None:
+    """Read checkpoints whole: all checksums, and every element there once.
+
+    Exit code 1: a checkpoint that counts as complete is not sound. Example:
+
+    dist-decoder checkpoint verify runs/demo all=true
+    """
+    _run_on_checkpoints(CheckpointVerifyConfig, "verify", run, overrides or (), json_output)
+
+
+@checkpoint_app.command("export", cls=_ExportStateCommand)
+def checkpoint_export(
+    run: str = _RUN,
+    overrides: list[str] | None = _OVERRIDES,
+    layout: str | None = typer.Option(
+        None, "--format", help="safetensors or deepspeed: the same as format=..."
+    ),
+    json_output: bool = _JSON,
+) -> None:
+    """Write the training state of a checkpoint as safetensors or as a DeepSpeed folder.
+
+    A DeepSpeed folder is cut for as many ranks as run this. A model to predict with is written by
+    `dist-decoder export`. Example:
+
+    dist-decoder checkpoint export runs/demo output=out zero_stage=2 --format deepspeed
+    """
+    given = [*(overrides or ()), *([f"format={layout}"] if layout else ())]
+    _run_on_checkpoints(CheckpointExportConfig, "export", run, given, json_output)
+
+
+def _run_on_checkpoints(
+    schema: type[Section], verb: str, run: str, overrides: Sequence[str], json_output: bool
+) -> None:
+    # Quoted as JSON, since an override's value is read as YAML and a path may hold anything.
+    run_verb(
+        schema,
+        f"dist_decoder.commands.checkpoint:run_{verb}",
+        None,
+        [f"run={json.dumps(run)}", *overrides],
+        json_output,
+        config_required=False,
+        render=None
+        if verb == "export"
+        else _lazy_render(f"dist_decoder.commands.checkpoint:render_{verb}"),
+        failed=_is_unsound if verb == "verify" else None,
+    )
+
+
+def _is_unsound(result: Mapping[str, Any]) -> bool:
+    return any(found["problems"] for found in result["verified"])
 
 
 @app.command("show-config")

@@ -41,6 +41,7 @@ from dist_decoder.rng import key64
 from dist_decoder.stimuli import read_pictures
 from dist_decoder.storage import open_location
 from dist_decoder.train.checkpoint import find_checkpoint
+from dist_decoder.train.places import Place
 from dist_decoder.train.targets_of_base import check_masks, targets_of_base
 
 START = "start"
@@ -362,7 +363,7 @@ def _load(row: ModelRow, config: EvaluateConfig, manifest: Manifest) -> list[_Mo
     return models
 
 
-def _start_of(run: Path) -> Path | None:
+def _start_of(run: Path) -> Place | None:
     """Return the checkpoint before the first step, if the run keeps one."""
     if not (run / START).is_dir():
         return None

@@ -6,13 +6,15 @@ from typing import Any
 
 import typer
 
+from dist_decoder.commands.expected import expectation
 from dist_decoder.config.train import TrainConfig
+from dist_decoder.estimate.estimate import estimate_training
 from dist_decoder.train.joint import train
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
     """Train and return the summary; other ranks than the first end quietly."""
-    summary = train(config)
+    summary = train(config, expectation(config, estimate_training))
     if summary is None:
         raise typer.Exit(0)
     return summary

@@ -6,7 +6,10 @@ Exit codes of every verb:
 0     the work is done
 1     the verb ran, and its check did not pass; or a defect of ours (a traceback)
 2     wrong use: command line, configuration, data, storage, run folder
-75    training was asked to stop by SIGTERM or SIGUSR1 and has saved its state
+65    training met losses or gradients that are not finite, more than it may skip
+69    a rank is dead, hangs, or lost its connection; the same command goes on
+71    a rank ran out of memory; the message says which key to change
+75    training was asked to stop by SIGTERM, SIGUSR1 or SIGUSR2 and has saved its state
 130   Ctrl-C; what was complete stays, and a second call goes on from there
 ====  ==========================================================================
 
@@ -51,6 +54,7 @@ __all__ = [
     "add_verb",
     "explain_error",
     "make_app",
+    "note_failure",
     "progress",
     "run_app",
     "run_verb",
@@ -201,14 +205,14 @@ def run_verb(
         result = _resolve(function)(values)
         _print_result(result, json_output, render)
     except DistDecoderError as error:
-        _note_failure(error.exit_code)
+        note_failure(error.exit_code)
         typer.echo(explain_error(error), err=True)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         typer.echo("interrupted; the same command goes on with the work", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from error
     except Exception:
-        _note_failure(1)
+        note_failure(1)
         raise
     if failed is not None and failed(result):
         raise typer.Exit(EXIT_CHECK_FAILED)
@@ -248,7 +252,7 @@ def to_jsonable(value: Any) -> Any:
     return value
 
 
-def _note_failure(exit_code: int) -> None:
+def note_failure(exit_code: int) -> None:
     """Tell the launcher at once: shutting down takes a while, and peers may be gone before us."""
     path = os.environ.get(FAILURE_FILE_VARIABLE)
     if path:

@@ -252,12 +252,15 @@ class OptimConfig(Section):
     clip_norm: NonNegative = 1.0
     """Gradient norm over all parameters; 0 switches clipping off."""
     non_finite: Literal["raise", "skip"] = "raise"
-    """What happens at a step whose loss is not finite: raise ends the run; skip leaves the weights
-    as they are, names the term in the log and counts the step."""
+    """What happens at a step whose loss or gradient is not finite: raise ends the run; skip leaves
+    the weights as they are, names term, rank and samples in the log and counts the step."""
     max_skipped: Annotated[int, Field(ge=0)] = 10
     """With non_finite=skip, more skipped steps than this end the run."""
     ema_decay: Fraction = 0.0
     """Exponential moving average of the weights used for predictions; 0 switches it off."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop when so many validations in a row did not raise the score (mean reciprocal rank on the
+    validation images, never on test images); 0 trains all steps."""
 
 
 class EngineConfig(Section):
@@ -268,8 +271,17 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 1
     """CPU threads of a rank; 0 leaves torch's choice."""
+    checkpoint_prior: bool = False
+    """Compute the prior's activations again in the backward pass instead of keeping them."""
     timeout_s: PositiveInt = 1800
     """Longest wait in a collective."""
+    notice_s: Positive = 20
+    """A rank for which the others wait longer is named in the log."""
+    silent_s: Positive = 40
+    """A rank without a sign of life for so long is taken for dead: the others end."""
+    hang_s: Positive | None = None
+    """A rank for which the others wait longer than this ends the run: all ranks write their stacks
+    into their logs. None takes timeout_s."""
 
 
 class CheckpointConfig(Section):
@@ -277,15 +289,47 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt = 1000
     keep_last: PositiveInt = 2
+    """The newest that stay."""
+    keep_best: str | None = None
+    """A validation score by its name in metrics.jsonl (validation/nsd/pooled_mrr): the checkpoint
+    with the highest one stays too, and a step that beats it is saved. Needs
+    log.validate_every_steps."""
+    location: str | None = None
+    """Folder or object-store URL for the checkpoints; None keeps them in the run folder. The run
+    folder then holds a pointer, which every command follows."""
+    asynchronous: bool = True
+    """Training goes on while the files are written, from a copy in CPU memory that is as large as
+    the rank's part of the state. False writes without the copy and waits."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What happens when a checkpoint cannot be written (disk full): stop ends the run; continue
+    says so and tries again at the next one. The last good checkpoint stays either way, and the
+    last save of a run must succeed."""
+
+
+TrackerName = Literal["tensorboard", "wandb"]
 
 
 class LogConfig(Section):
-    """Progress line, metrics.jsonl and TensorBoard."""
+    """Progress line, metrics.jsonl (always) and trackers."""
 
     every_steps: PositiveInt = 50
-    tensorboard: bool = True
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where the numbers of metrics.jsonl go as well. wandb needs the extra of that name."""
+    wandb_project: str = "dist-decoder"
+    """Project of Weights & Biases."""
+    profile: tuple[int, int] | None = None
+    """First and last step, counted from 0, that torch's profiler traces; None traces nothing."""
+    peak_tflops: Positive | None = None
+    """Peak rate of one device for the FLOP utilisation; None takes that of a known GPU, and leaves
+    the utilisation out on CPU and on unknown devices."""
     validate_every_steps: Annotated[int, Field(ge=0)] = 0
     """Retrieval on the validation split; 0 runs it at the end only."""
+
+    @model_validator(mode="after")
+    def _trace_has_steps(self) -> LogConfig:
+        if self.profile is not None and not 0 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile={list(self.profile)}: give first and last step, from 0 on")
+        return self
 
 
 class TrainConfig(Section):

@@ -1,20 +1,22 @@
 """Parameters, operations, memory and traffic of a training run, from its sizes alone.
 
-P parameters, of which Q are trained; N ranks; w bytes of a weight (4, or 2 in bf16).
+The ends (token layer, subject layers) are cut over the ranks at every stage; the middle is under
+ZeRO. P parameters of the middle, of which Q are trained; p and q of the ends; N ranks; w bytes of a
+weight (4, or 2 in bf16); a what activations and exchanged tensors hold for its share of the batch.
 
-Memory of a rank, bytes, by ZeRO stage, with a the activations of its share of the batch:
+Memory of a rank, bytes, by ZeRO stage:
 
 ====  ===========================================================
-0     wP + wQ + state + a
-1     wP + wQ + state/N + a
-2     wP + wQ/N + state/N + bucket + a
-3     wP/N + wQ/N + state/N + bucket + largest layer + a
+0     wP + wQ + state + ends/N + a
+1     wP + wQ + state/N + ends/N + a
+2     wP + wQ/N + state/N + bucket + ends/N + a
+3     wP/N + wQ/N + state/N + bucket + largest layer + ends/N + a
 ====  ===========================================================
 
 ``state`` is Adam's two moments, 8Q; 4Q for a running average; 4Q for float32 masters wherever the
 weights are not themselves the masters (bf16, and every stage above 0), and another 4Q for float32
-gradients in bf16 at stage 0. Traffic counts what a rank sends in ring collectives: a reduction and
-a gathering of Q in stages 0 to 2, two gatherings of P and a reduction of Q in stage 3.
+gradients in bf16 at stage 0. ``ends`` is wp and 4q for gradients, 8q for moments, 4q each for a
+running average and, in bf16, for masters. Traffic is in ``estimate.traffic``.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from dist_decoder.config.estimate import AdaptedPart, EncoderSizes, EstimateConfig
 from dist_decoder.config.train import AdaptConfig, TrainConfig
 from dist_decoder.data.sources import choose_subjects
+from dist_decoder.estimate.traffic import communication
 from dist_decoder.estimate.walk import Walk, empty_decoder, walk
 from dist_decoder.manifest import read_manifest
 from dist_decoder.nn.decoder import Decoder
@@ -63,8 +66,8 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
         "parameters": counts,
         "flops_per_sample": step.flops // share,
         "bytes_per_sample": _sample_bytes(config, decoder),
-        "memory_bytes_per_rank": _memory(config, decoder, counts, step),
-        "communication_bytes_per_step": _communication(config, counts),
+        "memory_bytes_per_rank": _memory(config, decoder, step),
+        "communication_bytes_per_step": communication(config, decoder),
         "checkpoint_bytes": _FLOAT * (kinds * trained + frozen),
         "adapter_bytes": _FLOAT * trained if config.adapt is not None else 0,
     }
@@ -158,35 +161,40 @@ def _sample_bytes(config: EstimateConfig, decoder: Decoder) -> int:
     return _FLOAT * sum(voxels) // len(voxels) + _HALF * embeddings
 
 
-def _memory(
-    config: EstimateConfig, decoder: Decoder, counts: dict[str, int], step: Walk
-) -> dict[str, int]:
+def _memory(config: EstimateConfig, decoder: Decoder, step: Walk) -> dict[str, int]:
     ranks, narrow = config.ranks, config.engine.precision == "bf16"
     width = _HALF if narrow else _FLOAT
-    trained = counts["trainable"]
-    weights, gradients = width * counts["total"], width * trained
-    activations = step.peak_bytes - step.gradient_bytes
+    total, trained = _sizes(decoder.middle)
+    weights, gradients = width * total, width * trained
     moments = (12 if config.ema else 8) * trained
     masters = _FLOAT * trained
     bucket = width * min(BUCKET_ELEMENTS, trained)
-    largest = width * max(parameter.numel() for parameter in decoder.parameters())
+    largest = width * max(parameter.numel() for parameter in decoder.middle.parameters())
     sizes = {
         "0": weights + gradients + moments + (2 * masters if narrow else 0),
         "1": weights + gradients + (moments + masters) // ranks,
         "2": weights + (gradients + moments + masters) // ranks + bucket,
         "3": (weights + gradients + moments + masters) // ranks + bucket + largest,
     }
-    return {stage: size + activations for stage, size in sizes.items()}
+    held, learned = _sizes(decoder.ends)
+    state = learned * (_FLOAT + (12 if config.ema else 8) + (_FLOAT if narrow else 0))
+    rest = (width * held + state) // ranks + step.peak_bytes - step.gradient_bytes
+    return {stage: size + rest + _exchanged(config, decoder) for stage, size in sizes.items()}
 
 
-def _communication(config: EstimateConfig, counts: dict[str, int]) -> dict[str, int]:
+def _sizes(module: torch.nn.Module) -> tuple[int, int]:
+    """Return the numbers of all and of trained parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
+
+
+def _exchanged(config: EstimateConfig, decoder: Decoder) -> int:
+    """Return the bytes of what a rank holds of other ranks' samples, and of tokens held twice."""
+    if config.ranks == 1:
+        return 0
     width = _HALF if config.engine.precision == "bf16" else _FLOAT
-    others = config.ranks - 1
-    trained, total = width * counts["trainable"], width * counts["total"]
-    both = 2 * trained * others // config.ranks
-    return {
-        "0": both,
-        "1": both,
-        "2": both,
-        "3": (2 * total + trained) * others // config.ranks,
-    }
+    tokens, dim = decoder.token_shape or (0, 0)
+    everyone, own = config.batch_size, -(-config.batch_size // config.ranks)
+    voxels = max(decoder.ridge.num_voxels.values())
+    rows = everyone * (voxels + 2 * decoder.ridge.latent_dim) + 2 * own * tokens * dim
+    return width * rows + 2 * _FLOAT * everyone**2

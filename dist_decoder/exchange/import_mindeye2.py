@@ -15,8 +15,9 @@ from dist_decoder.exchange.pickles import read_released
 from dist_decoder.exchange.released import computed_tensors, decoder_from_released, ridge_voxels
 from dist_decoder.formats import EncoderEntry
 from dist_decoder.storage import sha256_file
-from dist_decoder.train.canonical import checkpoints_of, read_document, write_state
+from dist_decoder.train.canonical import read_document, write_state
 from dist_decoder.train.checkpoint import CheckpointDocument, SubjectInfo, target_tensors
+from dist_decoder.train.places import checkpoints_of, name_of
 from dist_decoder.train.targets_of_base import IMPORTED_KIND, RELEASED_ENCODER, UNKNOWN_MASK
 
 NSD_VOXELS = {
@@ -104,7 +105,8 @@ def _refuse_another(config: ImportConfig, source: dict[str, Any]) -> None:
     for folder in checkpoints_of(config.run / "checkpoints"):
         if read_document(folder)["config"].get("imported_from") != source:
             raise CheckpointError(
-                f"{config.run} already holds {folder.name} of something else: import into a new run"
+                f"{config.run} already holds {name_of(folder)} of something else: import into a "
+                "new run"
             )
 
 

@@ -3,14 +3,15 @@
 An image has any number of classes, also none. Two samples are *alike* if they share a class, and
 *unlike* if both have classes and share none; a sample without a class takes no part.
 
-Axes: B samples of the global batch, K samples of a memory, N = B + K, C classes, F features.
+Axes: B samples of the global batch, K samples of a memory, N = B + K, C classes.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+_SMALLEST_SQUARE = 1e-12
 
 
 def alike(labels_BC: Tensor, others_KC: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,13 +48,18 @@ def triplet_alignment(
     return hinge.sum() / usable.sum().clamp_min(1)
 
 
-def class_prototypes(features_NF: Tensor, labels_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Return unit prototypes (C, F), zero for empty classes, and their counts (C,)."""
-    unit = F.normalize(features_NF.float(), dim=1)
+def prototype_similarity(cosine_NN: Tensor, labels_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines (C, C) of the classes' mean unit features, and the counts of members (C,).
+
+    An empty class has similarity zero to all. Written on the samples' cosines: no rank needs
+    whole features.
+    """
     weights = labels_NC.float()
     counts = weights.sum(dim=0)
-    means = torch.einsum("nc,nf->cf", weights, unit) / counts.clamp_min(1)[:, None]
-    return F.normalize(means, dim=1), counts
+    weights = weights / counts.clamp_min(1)
+    products = torch.einsum("nc,nm,md->cd", weights, cosine_NN.float(), weights)
+    norm_C = products.diagonal().clamp_min(_SMALLEST_SQUARE).sqrt()
+    return products / norm_C[:, None] / norm_C[None, :], counts
 
 
 def relational_consistency(similarity_CC: Tensor, reference_CC: Tensor, usable_C: Tensor) -> Tensor:

@@ -1,35 +1,42 @@
 """Memories of earlier samples: features without gradient, and their classes.
 
-Axes: B samples of the global batch, K samples held, F features, C classes.
+Axes: B samples of the global batch, K samples held, F features (of tokens those that a rank
+holds), C classes.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from dist_decoder.losses.contrastive import Total, whole
+
+_SMALLEST_SQUARE = 1e-24
 
 _SHIFTS, _PIECE = (42, 21, 0), (1 << 21) - 1
 
 
 class Memory:
-    """The last ``capacity`` samples. Fed with gathered rows, it is the same on every rank."""
+    """The last ``capacity`` samples. Fed with rows of the global batch."""
 
-    def __init__(self, capacity: int, num_features: int, num_classes: int) -> None:
+    def __init__(self, capacity: int, num_classes: int) -> None:
         self.capacity = capacity
-        self.features_KF = torch.zeros(0, num_features)
+        self.features_KF = torch.zeros(0, 0)
         self.labels_KC = torch.zeros(0, num_classes, dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.features_KF)
 
-    def add(self, features_BF: Tensor, labels_BC: Tensor) -> None:
-        """Append unit-length rows; rows without a class or that are not finite are not kept."""
-        features = F.normalize(features_BF.detach().float(), dim=1)
-        keep = labels_BC.any(dim=1) & torch.isfinite(features).all(dim=1)
-        device = features.device
-        features = torch.cat([self.features_KF.to(device), features[keep]])
-        labels = torch.cat([self.labels_KC.to(device), labels_BC[keep].bool()])
+    def add(self, features_BF: Tensor, labels_BC: Tensor, total: Total = whole) -> None:
+        """Append unit-length rows; rows without a class or that are not finite are not kept.
+
+        ``total`` sums over the ranks that hold the other features of these rows.
+        """
+        features, keep = _unit_rows(features_BF, labels_BC, total)
+        self.to(features.device)
+        if len(self):
+            features = torch.cat([self.features_KF, features])
+        labels = torch.cat([self.labels_KC, labels_BC[keep].bool()])
         self.features_KF = features[-self.capacity :]
         self.labels_KC = labels[-self.capacity :]
 
@@ -58,25 +65,34 @@ class ImageMemory:
     image takes 1.7 MB.
     """
 
-    def __init__(self, capacity: int, num_features: int, num_classes: int, momentum: float) -> None:
+    def __init__(self, capacity: int, num_classes: int, momentum: float) -> None:
         self.capacity = capacity
         self.momentum = momentum
-        self.features_KF = torch.zeros(0, num_features)
+        self.features_KF = torch.zeros(0, 0)
         self.labels_KC = torch.zeros(0, num_classes, dtype=torch.bool)
         self.image_K = torch.zeros(0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.features_KF)
 
-    def add(self, features_BF: Tensor, labels_BC: Tensor, image_ids_B: Tensor) -> None:
-        """Take visits in; rows without a class or that are not finite are not kept."""
-        features = F.normalize(features_BF.detach().float(), dim=1)
-        keep = labels_BC.any(dim=1) & torch.isfinite(features).all(dim=1)
+    def add(
+        self, features_BF: Tensor, labels_BC: Tensor, image_ids_B: Tensor, total: Total = whole
+    ) -> None:
+        """Take visits in; rows without a class or that are not finite are not kept.
+
+        ``total`` sums over the ranks that hold the other features of these rows: an entry is cut
+        from the running mean of whole unit rows.
+        """
+        features, keep = _unit_rows(features_BF, labels_BC, total)
         self.to(features.device)
+        if not len(self):
+            self.features_KF = features.new_zeros(0, features.shape[1])
+        if not bool(keep.any()):
+            return
         image_N, entry_B = torch.unique(image_ids_B[keep], return_inverse=True)
         count_N = torch.bincount(entry_B, minlength=len(image_N))
         total_NF = features.new_zeros(len(image_N), features.shape[1])
-        mean_NF = total_NF.index_add(0, entry_B, features[keep]) / count_N[:, None]
+        mean_NF = total_NF.index_add(0, entry_B, features) / count_N[:, None]
         labels_NC = labels_BC.new_zeros(len(image_N), labels_BC.shape[1], dtype=torch.int64)
         labels_NC = labels_NC.index_add(0, entry_B, labels_BC[keep].long()) > 0
         same_KN = self.image_K[:, None] == image_N[None, :]
@@ -108,3 +124,12 @@ class ImageMemory:
         self.labels_KC = state["labels"] > 0
         shifts = torch.tensor(_SHIFTS, device=state["images"].device)
         self.image_K = (state["images"].to(torch.int64) << shifts).sum(dim=1)
+
+
+def _unit_rows(features_BF: Tensor, labels_BC: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+    """Return the rows to keep at unit length over all ranks, and (B,) which they are."""
+    features = features_BF.detach().float()
+    square_B = total(features.square().sum(dim=1))
+    keep = labels_BC.any(dim=1) & torch.isfinite(square_B)
+    norm = square_B[keep].clamp_min(_SMALLEST_SQUARE).sqrt()
+    return features[keep] / norm[:, None], keep

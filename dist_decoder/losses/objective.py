@@ -1,7 +1,7 @@
 """The table of loss terms, and their weighted sum.
 
 A term is *shared* when it needs all samples of the global batch (every rank then computes the same
-number from gathered tensors) or *own* when it is a sum over samples (each rank adds its own, over
+number) or *own* when it is a sum over samples (each rank adds its own, over
 the size of the global batch).
 """
 
@@ -18,11 +18,16 @@ from dist_decoder.config.train import LossConfig
 from dist_decoder.errors import ConfigError
 from dist_decoder.losses.classes import (
     alike,
-    class_prototypes,
+    prototype_similarity,
     relational_consistency,
     triplet_alignment,
 )
-from dist_decoder.losses.contrastive import cosine_similarity, symmetric_contrastive
+from dist_decoder.losses.contrastive import (
+    Total,
+    cosine_similarity,
+    symmetric_contrastive,
+    whole,
+)
 from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.mixing import Mixture, bimixco
 from dist_decoder.losses.regression import correlation_sum, squared_error_sum
@@ -56,9 +61,9 @@ class Inputs:
     own_targets: Mapping[str, Tensor]
     """Targets of this rank's samples by name."""
     gathered: Mapping[str, Tensor]
-    """Outputs of shared terms over the global batch, (B, F)."""
+    """Outputs of shared terms over the global batch, (B, F); of ``CUT`` this rank's features."""
     gathered_targets: Mapping[str, Tensor]
-    """Targets of shared terms over the global batch, (B, F)."""
+    """Targets of shared terms over the global batch, cut as the outputs are."""
     image_ids_B: Tensor
     """Of the global batch; its length is the denominator of the own terms."""
     step: int = 0
@@ -68,6 +73,8 @@ class Inputs:
     classes: ClassInputs | None = None
     temperature: Tensor | None = None
     """Learned temperature of the symmetric contrastive losses."""
+    total: Total = whole
+    """Sums what ranks make of their own features, for the outputs in ``CUT``."""
 
     @property
     def progress(self) -> float:
@@ -89,7 +96,7 @@ class Term:
 
 
 def _contrastive(inputs: Inputs, term: Term) -> Tensor:
-    similarity = cosine_similarity(*_pair(inputs, term))
+    similarity = cosine_similarity(*_pair(inputs, term), _total(inputs, term))
     temperature = inputs.config.temperature if inputs.temperature is None else inputs.temperature
     return symmetric_contrastive(similarity, inputs.image_ids_B, temperature)
 
@@ -98,7 +105,7 @@ def _bimixco(inputs: Inputs, term: Term) -> Tensor:
     mixing = inputs.config.mixing
     assert inputs.mixture is not None
     ids = None if mixing.legacy else inputs.image_ids_B
-    similarity = cosine_similarity(*_pair(inputs, term))
+    similarity = cosine_similarity(*_pair(inputs, term), _total(inputs, term))
     return bimixco(similarity, inputs.mixture, mixing.temperature, ids, mixing.legacy)
 
 
@@ -107,7 +114,12 @@ def _softclip(inputs: Inputs, term: Term) -> Tensor:
     first, last = inputs.config.softclip_temperatures
     share = mixing_share(inputs.config)
     temperature = softclip_temperature(first, last, inputs.progress, share, inputs.num_steps)
-    return softclip(cosine_similarity(brain, image), cosine_similarity(image, image), temperature)
+    total = _total(inputs, term)
+    return softclip(
+        cosine_similarity(brain, image, total),
+        cosine_similarity(image, image, total),
+        temperature,
+    )
 
 
 def _low_level_contrastive(inputs: Inputs, term: Term) -> Tensor:
@@ -137,12 +149,12 @@ def _relational(inputs: Inputs, term: Term) -> Tensor:
     assert classes is not None
     assert classes.reference_CC is not None
     assert classes.known_C is not None
-    tokens = torch.nn.functional.normalize(inputs.gathered[term.output].float(), dim=1)
-    features = torch.cat([classes.tokens.features_KF, tokens])
+    tokens = inputs.gathered[term.output].float()
+    features = torch.cat([classes.tokens.features_KF, tokens]) if len(classes.tokens) else tokens
     labels = torch.cat([classes.tokens.labels_KC, classes.labels_BC])
-    prototypes, counts = class_prototypes(features, labels)
+    cosines = cosine_similarity(features, features, _total(inputs, term))
+    similarity, counts = prototype_similarity(cosines, labels)
     usable = classes.known_C & (counts >= inputs.config.classes.min_members)
-    similarity = torch.einsum("cf,df->cd", prototypes, prototypes)
     return relational_consistency(similarity, classes.reference_CC, usable)
 
 
@@ -180,6 +192,8 @@ TERMS: tuple[Term, ...] = (
     Term("relational", "shared", "retrieval", None, _relational),
     Term("skip", "own", "skip_latents", None, _correlation),
 )
+CUT = frozenset({"retrieval"})
+"""Outputs of which a rank has its own features of every sample. The others are small."""
 _NEED_CLASSES = ("triplet", "relational")
 
 
@@ -241,6 +255,10 @@ def objective(terms: tuple[Term, ...], inputs: Inputs) -> Losses:
         total[term.scope] = total[term.scope] + getattr(inputs.config, term.name) * value
         values[term.name] = value.detach()
     return Losses(total["shared"], total["own"], values)
+
+
+def _total(inputs: Inputs, term: Term) -> Total:
+    return inputs.total if term.output in CUT else whole
 
 
 def _pair(inputs: Inputs, term: Term) -> tuple[Tensor, Tensor]:

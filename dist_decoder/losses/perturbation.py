@@ -1,6 +1,6 @@
 """Duala's subject-distribution perturbation (SDP): another subject's spread about the class mean.
 
-Axes: B samples, T tokens, D token width.
+Axes: B samples, T tokens, t those that a rank holds, D token width.
 """
 
 from __future__ import annotations
@@ -8,15 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dist_decoder.losses.contrastive import Total, whole
+
 _SMALLEST_SPREAD = 1e-6
 
 
 def perturb_subject(
-    tokens_BTD: Tensor,
-    mean_BTD: Tensor,
-    variance_BTD: Tensor,
+    tokens_BtD: Tensor,
+    mean_BtD: Tensor,
+    donor_BD: Tensor,
     chosen_B: Tensor,
     strength: float,
+    num_tokens: int,
+    total: Total = whole,
 ) -> Tensor:
     """Return tokens whose spread about their class mean moved towards a donor subject's.
 
@@ -24,19 +28,23 @@ def perturb_subject(
     unbiased SD over tokens of x - mu, and sigma_donor the mean over tokens of the donor's SD.
 
     Args:
-        tokens_BTD: needs T >= 2.
-        mean_BTD: mean of each row's class over the source subjects.
-        variance_BTD: of the donor about that mean.
+        tokens_BtD: this rank's tokens of all samples.
+        mean_BtD: mean of each row's class over the source subjects.
+        donor_BD: sigma_donor, of all tokens.
         chosen_B: boolean; the other rows are returned as they are.
         strength: s in [0, 1].
+        num_tokens: T, at least 2.
+        total: sums over the ranks that hold other tokens, backward too: each goes on with its own.
 
     Source: Duala, eq. 7-8, in the form of the released code (the paper's eq. 8 multiplies by the
     SD without dividing by the sample's own). Differs: the released code ran without gradient,
     so that no loss behind it could teach anything.
     """
-    tokens = tokens_BTD.float()
-    centred = tokens - mean_BTD
-    own_B1D = centred.std(dim=1, keepdim=True) + _SMALLEST_SPREAD
-    donor_B1D = variance_BTD.clamp_min(0).sqrt().mean(dim=1, keepdim=True)
-    moved = mean_BTD + centred * ((1 - strength) + strength * donor_B1D / own_B1D)
+    tokens = tokens_BtD.float()
+    centred = tokens - mean_BtD
+    middle_B1D = total(centred.sum(dim=1, keepdim=True)) / num_tokens
+    squares_B1D = total((centred - middle_B1D).square().sum(dim=1, keepdim=True))
+    variance_B1D = (squares_B1D / (num_tokens - 1)).clamp_min(_SMALLEST_SPREAD**2)
+    own_B1D = variance_B1D.sqrt() + _SMALLEST_SPREAD
+    moved = mean_BtD + centred * ((1 - strength) + strength * donor_BD[:, None] / own_B1D)
     return torch.where(chosen_B[:, None, None], moved, tokens)

@@ -8,14 +8,15 @@ Axes: B samples, V voxels of one subject, L latents, T tokens, D token width, E 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dist_decoder.config.train import LossConfig, ModelConfig
-from dist_decoder.errors import ConfigError
+from dist_decoder.cuts import Cuts, whole
+from dist_decoder.errors import ConfigError, DataError
 from dist_decoder.nn.backbone import Backbone, make_backbone
 from dist_decoder.nn.diffusion import DiffusionPrior, sample_times
 from dist_decoder.nn.heads import PooledHead, RetrievalProjector, TokenHead
@@ -52,6 +53,24 @@ class Ends(nn.Module):
         self.dead_skips: nn.ModuleList | None = None
         """Skip-LoRA at the released place, where it has no effect; to count parameters only."""
 
+    def latents(
+        self,
+        voxels: Mapping[str, Tensor],
+        rows: Mapping[str, Tensor],
+        cuts: Cuts,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return this rank's latents_bL of the subject layers, and those of Skip-LoRA if it is on.
+
+        Every rank computes its latents for the voxels of all ranks: each touches every subject.
+        """
+        dtype = next(self.ridge.parameters()).dtype
+        voxels, rows = cuts.gather_voxels(voxels, rows, self.ridge.num_voxels, dtype)
+        size, width = cuts.global_size, self.ridge.latent_dim
+        linear = cuts.to_own(self.ridge(voxels, rows, size), width)
+        if self.skip is None:
+            return linear, None
+        return linear, cuts.to_own(self.skip(voxels, rows, size), width)
+
 
 class Middle(nn.Module):
     """Everything between and after the wide layers."""
@@ -72,6 +91,62 @@ class Middle(nn.Module):
         self.prior = prior
         self.low_level = low_level
         self.temperature = temperature
+
+    def forward(
+        self,
+        latents_bL: Tensor,
+        token_head: TokenHead | LowRankTokenHead | None,
+        cuts: Cuts,
+        num_tokens: int,
+        keys: SampleKeys | None,
+        prior_target_bTD: Tensor | None,
+        wanted: frozenset[str],
+    ) -> dict[str, Tensor]:
+        """Return the wanted outputs; see ``Decoder.forward``.
+
+        Args:
+            latents_bL: of this rank's samples, b may be 0.
+            token_head: holds this rank's t of the ``num_tokens``; it is no part of this module.
+            cuts: how the global batch is divided.
+            num_tokens: T.
+            keys: of this rank's samples.
+            prior_target_bTD: clean tokens of this rank's samples.
+            wanted: names of outputs.
+        """
+        size = len(latents_bL)
+        if size == 0 and keys is not None:
+            # Some layers have no backward pass over nothing. A made-up sample that no loss sees
+            # gives every parameter a gradient of zero.
+            keys = SampleKeys(keys.seed, keys.step, (0,))
+        latents = self.backbone(_never_empty(latents_bL), keys)
+        found = {"latents": latents}
+        if keys is not None and self.temperature is not None:
+            found["temperature"] = self.temperature()
+        if "pooled" in wanted and self.pooled is not None:
+            found["pooled"] = self.pooled(latents)
+        if "low_level" in wanted and self.low_level is not None:
+            found["low_level"], found["low_level_maps"] = self.low_level(latents, keys)
+        if token_head is not None and {"tokens", "retrieval", "prior"} & wanted:
+            tokens_BtD = token_head(cuts.gather(latents[:size]))
+            if "retrieval" in wanted and self.projector is not None:
+                found["retrieval"] = self.projector(tokens_BtD)
+            if {"tokens", "prior"} & wanted:
+                found["tokens"] = cuts.to_own(tokens_BtD, num_tokens)
+            if "prior" in wanted and self.prior is not None:
+                if keys is None or prior_target_bTD is None:
+                    raise ValueError("the prior's training output needs keys and clean tokens")
+                target = _never_empty(prior_target_bTD)
+                found["prior"] = self.prior(_never_empty(found["tokens"]), target, keys)
+        of_samples = set(found) - {"temperature", "retrieval"}
+        return {n: value[:size] if n in of_samples else value for n, value in found.items()}
+
+
+def _never_empty(x: Tensor) -> Tensor:
+    """Return x, or one row of ordinary numbers with an (empty) way back to x."""
+    if len(x):
+        return x
+    numbers = torch.linspace(-1, 1, x[0:1].shape[1:].numel(), dtype=x.dtype, device=x.device)
+    return torch.cat([x, numbers.view(1, *x.shape[1:])])
 
 
 class Decoder(nn.Module):
@@ -172,51 +247,51 @@ class Decoder(nn.Module):
         keys: SampleKeys | None = None,
         prior_target_BTD: Tensor | None = None,
         outputs: tuple[str, ...] = ("pooled", "tokens", "retrieval"),
+        cuts: Cuts | None = None,
+        middle: Callable[..., dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """Return the wanted outputs by name, in batch order.
 
         Args:
             voxels: subject -> (b, V).
             rows: subject -> (b,) places in the batch.
-            batch_size: B.
+            batch_size: B, samples of this rank.
             keys: identities of the samples in training (noise, dropout); None in inference.
             prior_target_BTD: clean tokens; with keys, adds the output ``prior`` (B, T, D).
             outputs: of ``pooled``, ``tokens``, ``retrieval``, ``prior``, ``low_level``. The last
                 stands for two: ``low_level`` (B, 4, 28, 28) and ``low_level_maps`` (B, 49, 512).
                 ``subject_latents`` are those before the backbone; ``skip_latents`` of Skip-LoRA
                 come with ``linear_latents`` of the subject layers.
+            cuts: how the global batch and the ends are divided over ranks; None is one rank with
+                the whole of both. With several ranks ``retrieval`` is (B of all ranks, t, D), this
+                rank's tokens of every sample; all other outputs are of this rank's samples.
+            middle: what to call in place of ``self.middle``, for an engine around it.
         """
+        if cuts is None:
+            cuts = whole(batch_size)
+        if cuts.own_size != batch_size:
+            raise DataError(f"{batch_size} samples, but the plan gives this rank {cuts.own_size}")
         if keys is not None and self.config.voxel_noise > 0:
             voxels = self._add_noise(voxels, rows, keys)
-        latents = self.ridge(voxels, rows, batch_size)
+        latents, skip_latents = self.ends.latents(voxels, rows, cuts)
         found: dict[str, Tensor] = {}
-        if self.ends.skip is not None:
-            skip_latents = self.ends.skip(voxels, rows, batch_size)
+        if skip_latents is not None:
             if "skip_latents" in outputs:
                 found |= {"linear_latents": latents, "skip_latents": skip_latents}
             latents = latents + skip_latents
         if "subject_latents" in outputs:
             found["subject_latents"] = latents
         latents = keyed_dropout(latents, self.config.ridge_dropout, keys, "ridge-dropout")
-        latents = self.middle.backbone(latents, keys)
-        found["latents"] = latents
-        if keys is not None and self.middle.temperature is not None:
-            found["temperature"] = self.middle.temperature()
-        if "pooled" in outputs and self.middle.pooled is not None:
-            found["pooled"] = self.middle.pooled(latents)
-        wanted = set(outputs)
-        if "low_level" in wanted and self.middle.low_level is not None:
-            found["low_level"], found["low_level_maps"] = self.middle.low_level(latents, keys)
-        if self.ends.tokens is not None and {"tokens", "retrieval", "prior"} & wanted:
-            found["tokens"] = self.ends.tokens(latents)
-            if "retrieval" in wanted and self.middle.projector is not None:
-                found["retrieval"] = self.middle.projector(found["tokens"])
-            prior = self.middle.prior
-            if "prior" in wanted and prior is not None:
-                if keys is None or prior_target_BTD is None:
-                    raise ValueError("the prior's training output needs keys and clean tokens")
-                found["prior"] = prior(found["tokens"], prior_target_BTD, keys)
-        return found
+        rest = (self.middle if middle is None else middle)(
+            latents,
+            self.ends.tokens,
+            cuts,
+            self.token_shape[0] if self.token_shape else 0,
+            keys,
+            prior_target_BTD,
+            frozenset(outputs),
+        )
+        return found | rest
 
     def _add_noise(
         self, voxels: Mapping[str, Tensor], rows: Mapping[str, Tensor], keys: SampleKeys

@@ -11,7 +11,10 @@ from torch.nn import functional as F
 
 
 class TokenHead(nn.Module):
-    """A linear layer to every token. The weight is (T, D, L), so that it can be cut by tokens."""
+    """A linear layer to every token. The weight is (T, D, L), so that it can be cut by tokens.
+
+    A rank that holds t of the T tokens, possibly none, gives those t for any samples.
+    """
 
     def __init__(self, latent_dim: int, num_tokens: int, token_dim: int) -> None:
         super().__init__()
@@ -26,8 +29,9 @@ class TokenHead(nn.Module):
 
     def forward(self, latents_BL: Tensor) -> Tensor:
         num_tokens, token_dim, latent_dim = self.weight.shape
-        flat = F.linear(latents_BL, self.weight.view(-1, latent_dim), self.bias.view(-1))
-        return flat.view(-1, num_tokens, token_dim)
+        wide = num_tokens * token_dim
+        flat = F.linear(latents_BL, self.weight.view(wide, latent_dim), self.bias.view(wide))
+        return flat.view(len(latents_BL), num_tokens, token_dim)
 
 
 class PooledHead(nn.Module):

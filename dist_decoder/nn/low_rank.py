@@ -37,8 +37,9 @@ class LowRankTokenHead(nn.Module):
     def forward(self, latents_BL: Tensor) -> Tensor:
         down, up = self.lora_A["default"], self.lora_B["default"]
         reduced = F.linear(latents_BL, down)
-        moved = F.linear(reduced, up.view(-1, up.shape[-1]))
-        return self.base(latents_BL) + self.scale * moved.view(-1, *up.shape[:2])
+        num_tokens, width, rank = up.shape
+        moved = F.linear(reduced, up.view(num_tokens * width, rank))
+        return self.base(latents_BL) + self.scale * moved.view(len(latents_BL), num_tokens, width)
 
     @torch.no_grad()
     def merged(self) -> TokenHead:

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 _ROTARY_CHANNELS = 32
 _BIAS_BUCKETS = 32
@@ -189,6 +190,11 @@ class PriorNetwork(nn.Module):
         self.feed_forwards = nn.ModuleList(GatedFeedForward(token_dim) for _ in range(depth))
         self.norm = GainNorm(token_dim, stable=True)
         self.out = nn.Linear(token_dim, token_dim, bias=False)
+        self.recompute = False
+        """Keep no activations of a layer in training and compute them again in backward."""
+
+    def _recomputes(self) -> bool:
+        return self.recompute and self.training and torch.is_grad_enabled()
 
     def initialise_parameter(self, name: str, generator: torch.Generator) -> Tensor:
         """Return a normal start; the query's variance is 1 / D, the null tokens' is 1."""
@@ -225,6 +231,12 @@ class PriorNetwork(nn.Module):
         bias_HNK = self.bias(length)
         rotary = rotary_table(length, self.head_dim, x.device)
         for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
-            x = x + attention(x, bias_HNK, rotary)
-            x = x + feed_forward(x)
+
+            def layer(
+                x: Tensor, attention: nn.Module = attention, feed_forward: nn.Module = feed_forward
+            ) -> Tensor:
+                x = x + attention(x, bias_HNK, rotary)
+                return x + feed_forward(x)
+
+            x = checkpoint(layer, x, use_reentrant=False) if self._recomputes() else layer(x)
         return self.out(self.norm(x))[:, -self.num_tokens :]

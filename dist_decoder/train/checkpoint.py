@@ -17,13 +17,16 @@ from dist_decoder.errors import CheckpointError
 from dist_decoder.formats import EncoderEntry
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.lora import add_lora, merge_lora
-from dist_decoder.train.canonical import (
-    State,
+from dist_decoder.train.canonical import State, StateReader, read_document, read_state
+from dist_decoder.train.places import (
+    Place,
     checkpoints_of,
     fingerprint_of,
+    inside,
     is_complete,
-    read_document,
-    read_state,
+    is_url,
+    name_of,
+    place_of,
 )
 
 Kind = Literal["joint", "adapted", "scratch"]
@@ -43,14 +46,31 @@ class BaseInfo(Section):
 
     fingerprint: str
     path: str
-    """Relative to the run folder of the adapted model."""
+    """Relative to the run folder of the adapted model, or a URL."""
+
+
+class Progress(Section):
+    """What a run has come to besides its weights, moments and step.
+
+    There is no state of random generators: every draw is keyed by seed, purpose, step and place in
+    the global batch. The position in the data is the step.
+    """
+
+    skipped_steps: int = 0
+    """Steps whose loss was not finite; the optimizer has made so many updates less."""
+    loss_scaler: dict[str, float] = {}
+    """Of dynamic loss scaling; empty without it."""
+    patience: dict[str, float] = {}
+    """Best validation score and how long it has stood; empty before the first validation."""
+    trackers: dict[str, str] = {}
+    """Run ids of the trackers that have such."""
 
 
 class CheckpointDocument(Section):
     """``meta.json`` of a checkpoint."""
 
     format: Literal["dist-decoder-checkpoint"] = "dist-decoder-checkpoint"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     kind: Kind
     step: int
     """Finished global steps; also the position in the data."""
@@ -64,6 +84,7 @@ class CheckpointDocument(Section):
     ema: bool
     base: BaseInfo | None = None
     lora: LoraConfig | None = None
+    progress: Progress = Progress()
 
 
 @dataclass(frozen=True)
@@ -71,7 +92,7 @@ class CheckpointMeta:
     """A checkpoint's document, its place, and the statistics that standardised its targets."""
 
     document: CheckpointDocument
-    folder: Path
+    folder: Place
     fingerprint: str
     targets: TargetStatistics
 
@@ -100,37 +121,39 @@ class CheckpointMeta:
         return self.document.config
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: Place) -> Place:
     """Return the newest complete checkpoint of a run folder, or the folder if it is one.
+
+    A URL is that of a folder of checkpoints, or of one of them.
 
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(path)
+    path = place_of(path)
     if is_complete(path):
         return path
-    for folder in (path / "checkpoints", path):
+    for folder in (inside(path, "checkpoints"), path):
         found = checkpoints_of(folder)
         if found:
             return found[-1]
-    if path.name.startswith("step-") and path.is_dir():
+    if name_of(path).startswith("step-") and not (isinstance(path, Path) and not path.is_dir()):
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no COMPLETE")
     raise CheckpointError(f"{path} holds no complete checkpoint: train the model first")
 
 
-def read_meta(folder: Path) -> CheckpointMeta:
+def read_meta(folder: Place) -> CheckpointMeta:
     """Return what a checkpoint knows about itself.
 
     Raises:
         CheckpointError: it is incomplete, damaged, or of another format.
     """
-    document = _read_checked(folder)
+    document = read_checked(folder)
     state = read_state(folder, kinds=("target",))
     return _meta(folder, document, state)
 
 
 def load_for_inference(
-    path: str | Path, device: str | torch.device = "cpu"
+    path: Place, device: str | torch.device = "cpu"
 ) -> tuple[Decoder, CheckpointMeta]:
     """Return a model that is ready to predict.
 
@@ -146,18 +169,18 @@ def load_for_inference(
             base of an adapted checkpoint is absent or another one.
     """
     folder = find_checkpoint(path)
-    document = _read_checked(folder)
-    state = read_state(folder)
-    meta = _meta(folder, document, state)
+    document = read_checked(folder)
+    reader = StateReader(folder)
+    meta = _meta(folder, document, reader.state(("target",)))
+    weights = inference_weights(reader, document.ema)
     if document.base is None:
         decoder = make_decoder(document)
-        load_weights(decoder, inference_weights(state, document.ema), folder)
+        load_weights(decoder, weights, folder)
     else:
         decoder = make_decoder(document)
         load_base(decoder, resolve_base(folder, document.base))
         if document.lora is not None:
             add_lora(decoder, document.lora, document.seed)
-        weights = inference_weights(state, document.ema)
         own = {name for name, p in decoder.named_parameters() if p.requires_grad}
         load_weights(decoder, weights, folder, only=own)
         merge_lora(decoder)
@@ -178,20 +201,20 @@ def make_decoder(document: CheckpointDocument, subjects: dict[str, int] | None =
     return Decoder(document.model, subjects, encoder.pooled_dim, encoder.token_shape, document.seed)
 
 
-def inference_weights(state: State, ema: bool) -> dict[str, Tensor]:
-    """Return the weights to predict with, by parameter name."""
+def inference_weights(reader: StateReader, ema: bool) -> dict[str, Tensor]:
+    """Return the weights to predict with, by parameter name; nothing else is read."""
     weights = {}
-    for name, kinds in state.items():
+    for name, kinds in reader.index.kinds.items():
         if "frozen" in kinds:
-            weights[name] = kinds["frozen"]
+            weights[name] = reader.whole(name, "frozen")
         elif "master" in kinds:
-            weights[name] = kinds["ema"] if ema and "ema" in kinds else kinds["master"]
+            weights[name] = reader.whole(name, "ema" if ema and "ema" in kinds else "master")
     return weights
 
 
 @torch.no_grad()
 def load_weights(
-    decoder: Decoder, weights: dict[str, Tensor], folder: Path, only: set[str] | None = None
+    decoder: Decoder, weights: dict[str, Tensor], folder: Place, only: set[str] | None = None
 ) -> None:
     """Copy weights into the decoder.
 
@@ -220,10 +243,10 @@ def load_weights(
         parameters[name].copy_(weights[name])
 
 
-def load_base(decoder: Decoder, folder: Path) -> None:
+def load_base(decoder: Decoder, folder: Place) -> None:
     """Copy everything but the subject layers from a base checkpoint into the decoder."""
-    document = _read_checked(folder)
-    weights = inference_weights(read_state(folder), document.ema)
+    document = read_checked(folder)
+    weights = inference_weights(StateReader(folder), document.ema)
     shared = {
         name: tensor for name, tensor in weights.items() if not name.startswith("ends.ridge.")
     }
@@ -231,18 +254,22 @@ def load_base(decoder: Decoder, folder: Path) -> None:
     load_weights(decoder, shared, folder, only=own)
 
 
-def resolve_base(folder: Path, base: BaseInfo) -> Path:
+def resolve_base(folder: Place, base: BaseInfo) -> Place:
     """Return the base checkpoint's folder.
 
     Raises:
         CheckpointError: it is not where it was, or it is another one.
     """
-    # The run folder is some levels up: a learning rate that was tried has a folder of its own.
-    found = [
-        place
-        for parent in list(folder.resolve().parents)[:_LEVELS_TO_RUN]
-        if is_complete(place := (parent / base.path).resolve())
-    ]
+    found: list[Place] = []
+    if is_url(base.path):
+        found = [base.path] if is_complete(base.path) else []
+    else:
+        # The run folder is some levels up: a learning rate that was tried has one of its own.
+        parents = [Path(folder).resolve(), *Path(folder).resolve().parents]
+        for parent in parents[1 : 1 + _LEVELS_TO_RUN] if not is_url(folder) else [Path()]:
+            path = (parent / base.path).resolve()
+            if is_complete(path) and path not in found:
+                found.append(path)
     for place in found:
         if fingerprint_of(place) == base.fingerprint:
             return place
@@ -265,7 +292,12 @@ def target_tensors(targets: TargetStatistics) -> State:
     }
 
 
-def _read_checked(folder: Path) -> CheckpointDocument:
+def read_checked(folder: Place) -> CheckpointDocument:
+    """Return the document of a complete checkpoint.
+
+    Raises:
+        CheckpointError: it is incomplete, damaged, or of another version.
+    """
     try:
         return CheckpointDocument.model_validate(read_document(folder))
     except ValidationError as error:
@@ -274,7 +306,7 @@ def _read_checked(folder: Path) -> CheckpointDocument:
         ) from error
 
 
-def _meta(folder: Path, document: CheckpointDocument, state: State) -> CheckpointMeta:
+def _meta(folder: Place, document: CheckpointDocument, state: State) -> CheckpointMeta:
     prefix = f"{_TARGET_PARAMETER}."
     arrays = {
         name.removeprefix(prefix): kinds["target"].numpy()

@@ -1,6 +1,7 @@
 """What the losses on classes keep during training: labels, memories, source statistics.
 
-Axes: b samples of this rank, C classes, S source subjects, T tokens, D token width, L latents.
+Axes: b samples of this rank, B of the global batch, C classes, S source subjects, T tokens, t those
+that this rank holds, D token width.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from dist_decoder.config.train import ClassLossConfig, LossConfig
+from dist_decoder.cuts import Cuts, chunk_of, whole
 from dist_decoder.data.rows import SubjectRows
+from dist_decoder.dist import World
 from dist_decoder.errors import CheckpointError, ConfigError, DataError
 from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.objective import ClassInputs
@@ -22,17 +25,21 @@ from dist_decoder.nn.keyed import SampleKeys
 from dist_decoder.stats.classes import ClassStatistics
 
 MEMORY_PREFIX = "memory"
+_TOKENS = f"{MEMORY_PREFIX}.tokens.from-"
+"""Followed by the first token of the part that a rank remembers."""
 
 
 class ClassTerms:
-    """Labels by image, memories that are equal on every rank, and the statistics in label order."""
+    """Labels by image, memories, and the statistics in label order.
+
+    The memory of latents is equal on every rank; of tokens a rank remembers those that it holds.
+    """
 
     def __init__(
         self,
         labels: dict[str, tuple[str, ...]],
         config: ClassLossConfig,
-        latent_dim: int,
-        num_token_features: int,
+        num_tokens: int,
         statistics: ClassStatistics | None,
     ) -> None:
         """Collect what is needed.
@@ -40,8 +47,7 @@ class ClassTerms:
         Args:
             labels: image_uid -> its classes, possibly none.
             config: sizes of the memories.
-            latent_dim: L.
-            num_token_features: T * D; 0 without tokens.
+            num_tokens: T; 0 without tokens.
             statistics: of the source subjects, or None.
 
         Raises:
@@ -57,10 +63,9 @@ class ClassTerms:
         self.names = names
         self._place = {name: index for index, name in enumerate(names)}
         self._labels = labels
-        self.latents = Memory(config.memory, latent_dim, len(names))
-        self.tokens = ImageMemory(
-            config.relational_memory, num_token_features, len(names), config.relational_momentum
-        )
+        self.num_tokens = num_tokens
+        self.latents = Memory(config.memory, len(names))
+        self.tokens = ImageMemory(config.relational_memory, len(names), config.relational_momentum)
         self.reference_CC: Tensor | None = None
         self.known_C: Tensor | None = None
         self._mean_CTD: Tensor | None = None
@@ -91,44 +96,80 @@ class ClassTerms:
         return ClassInputs(labels_BC, self.latents, self.tokens, self.reference_CC, self.known_C)
 
     def perturb(
-        self, tokens_bTD: Tensor, labels_bC: Tensor, keys: SampleKeys, config: ClassLossConfig
+        self,
+        tokens_BtD: Tensor,
+        labels_BC: Tensor,
+        keys: SampleKeys,
+        config: ClassLossConfig,
+        cuts: Cuts | None = None,
     ) -> Tensor:
         """Return tokens of which some are moved to a random source subject's spread (SDP).
 
         Who is moved, by which of its classes, and towards whom depends on the sample's place in
         the global batch alone.
+
+        Args:
+            tokens_BtD: this rank's tokens of all samples.
+            labels_BC: their classes.
+            keys: of all samples.
+            config: how often and how far.
+            cuts: how the tokens are divided; None is one rank.
         """
         assert self._mean_CTD is not None
-        device = tokens_bTD.device
+        cuts = cuts or whole(len(tokens_BtD))
+        device = tokens_BtD.device
         draws = keys.uniform("sdp", (3,), device)
-        usable_bC = labels_bC & self._spread_known_C.to(device)
+        usable_bC = labels_BC & self._spread_known_C.to(device)
         chosen_b = (draws[:, 0] < config.perturbed_prob) & usable_bC.any(dim=1)
         class_b = _pick(usable_bC, draws[:, 1])
         donor_b = _pick(self._donors_CS.to(device)[class_b], draws[:, 2])
-        mean = self._mean_CTD.to(device)[class_b]
-        variance = self._variance_SCTD.to(device)[donor_b, class_b]
-        return perturb_subject(tokens_bTD, mean, variance, chosen_b, config.strength)
+        held = cuts.chunk(self.num_tokens)
+        mean = self._mean_CTD[:, held.start : held.stop].to(device)[class_b]
+        donor = self._spread_SCD.to(device)[donor_b, class_b]
+        return perturb_subject(
+            tokens_BtD, mean, donor, chosen_b, config.strength, self.num_tokens, cuts.sum_parts
+        )
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return the memories in the form of a checkpoint."""
+    def state(self, world: World) -> dict[str, dict[str, Tensor]]:
+        """Return what this rank saves of the memories: the first all but the others' tokens."""
         found = {}
-        for name, memory in (("latents", self.latents), ("tokens", self.tokens)):
-            for part, value in memory.state().items():
-                found[f"{MEMORY_PREFIX}.{name}.{part}"] = {"memory": value.cpu()}
-        return found
+        tokens = self.tokens.state()
+        features_KF = tokens.pop("features")
+        held = chunk_of(self.num_tokens, world.rank, world.size)
+        if held:
+            value = features_KF.view(len(features_KF), len(held), -1 if features_KF.numel() else 0)
+            found[f"{_TOKENS}{held.start}"] = value
+        if world.is_first:
+            for part, value in tokens.items():
+                found[f"{MEMORY_PREFIX}.tokens.{part}"] = value
+            for part, value in self.latents.state().items():
+                found[f"{MEMORY_PREFIX}.latents.{part}"] = value
+        return {name: {"memory": value.cpu().contiguous()} for name, value in found.items()}
 
-    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Go on with the memories of a checkpoint.
+    def load(self, state: dict[str, dict[str, Tensor]], world: World) -> None:
+        """Go on with the memories of a checkpoint, whatever number of ranks wrote it.
 
         Raises:
             CheckpointError: they are absent.
         """
-        for name, memory in (("latents", self.latents), ("tokens", self.tokens)):
-            keys = {part: f"{MEMORY_PREFIX}.{name}.{part}" for part in memory.state()}
-            missing = [key for key in keys.values() if key not in state]
-            if missing:
-                raise CheckpointError(f"the checkpoint has no {', '.join(missing)}")
-            memory.load({part: state[key]["memory"] for part, key in keys.items()})
+        parts = sorted((n for n in state if n.startswith(_TOKENS)), key=_first_token)
+        tokens_KTD = [state[name]["memory"] for name in parts]
+        names = [
+            f"{MEMORY_PREFIX}.{name}"
+            for name in ("tokens.labels", "tokens.images", "latents.features", "latents.labels")
+        ]
+        missing = [name for name in names if name not in state]
+        if missing or sum(part.shape[1] for part in tokens_KTD) != self.num_tokens:
+            raise CheckpointError(
+                f"the checkpoint lacks memories: {', '.join(missing) or 'tokens'}"
+            )
+        labels, images, latents, latent_labels = (state[name]["memory"] for name in names)
+        self.latents.load({"features": latents, "labels": latent_labels})
+        held = chunk_of(self.num_tokens, world.rank, world.size)
+        own = (
+            torch.cat(tokens_KTD, dim=1)[:, held.start : held.stop] if parts else torch.zeros(0, 0)
+        )
+        self.tokens.load({"features": own.flatten(1), "labels": labels, "images": images})
 
     def _take(self, statistics: ClassStatistics) -> None:
         here = [(i, self._place[n]) for i, n in enumerate(statistics.classes) if n in self._place]
@@ -152,7 +193,8 @@ class ClassTerms:
         mean[mine] = statistics.mean_CTD[theirs]
         variance[:, mine] = statistics.variance_SCTD[:, theirs]
         donors[mine] = (statistics.counts_SC[:, theirs] >= 2).transpose(1, 0)
-        self._mean_CTD, self._variance_SCTD = torch.from_numpy(mean), torch.from_numpy(variance)
+        self._mean_CTD = torch.from_numpy(mean)
+        self._spread_SCD = torch.from_numpy(variance).clamp_min(0).sqrt().mean(dim=2)
         self._donors_CS = torch.from_numpy(donors)
         self._spread_known_C = self._donors_CS.any(dim=1)
 
@@ -191,9 +233,12 @@ def class_terms(
         )
     if classes.perturbed_prob > 0 and shape is not None and shape[0] < 2:
         raise ConfigError("perturbed_prob needs at least two tokens: one has no spread")
-    features = shape[0] * shape[1] if shape is not None else 0
-    width = decoder.config.latent_dim
-    return ClassTerms(class_labels(all_rows), classes, width, features, statistics)
+    num_tokens = shape[0] if shape is not None else 0
+    return ClassTerms(class_labels(all_rows), classes, num_tokens, statistics)
+
+
+def _first_token(name: str) -> int:
+    return int(name.removeprefix(_TOKENS))
 
 
 def _pick(allowed_bX: Tensor, uniform_b: Tensor) -> Tensor:

@@ -20,17 +20,22 @@ from dist_decoder.losses.objective import needs_classes
 from dist_decoder.manifest import manifest_fingerprint, read_manifest
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import exclusive, open_location
-from dist_decoder.train.canonical import checkpoints_of
 from dist_decoder.train.checkpoint import CheckpointDocument, SubjectInfo
 from dist_decoder.train.class_terms import class_terms
-from dist_decoder.train.loop import Job, fit
+from dist_decoder.train.job import Expectation, Job
+from dist_decoder.train.loop import fit
+from dist_decoder.train.places import checkpoints_of
 from dist_decoder.train.rows import subject_rows, validation_of
 from dist_decoder.train.run_folder import config_fingerprint, open_run, write_summary
 from dist_decoder.train.start import start_ridges
 
 
-def train(config: TrainConfig) -> dict[str, Any] | None:
+def train(config: TrainConfig, expectation: Expectation | None = None) -> dict[str, Any] | None:
     """Train, or go on with, the run that ``config`` describes.
+
+    Args:
+        config: resolved.
+        expectation: what ``estimate`` says, for the FLOP utilisation and when memory runs out.
 
     Returns:
         On rank 0 the summary (``step``, ``losses``, ``validation``, ``run``, and
@@ -46,7 +51,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         with ExitStack() as held:
             if run_on_first(lambda: _is_finished(config, held), world):
                 return None if not world.is_first else _finished_summary(config)
-            summary = fit(_job(config, world), world)
+            summary = fit(_job(config, world, expectation), world)
             summary["run"] = str(config.run)
             if world.is_first:
                 write_summary(config.run, summary)
@@ -81,7 +86,7 @@ def _finished_summary(config: TrainConfig) -> dict[str, Any]:
     return {**summary, "already_finished": True}
 
 
-def _job(config: TrainConfig, world: World) -> Job:
+def _job(config: TrainConfig, world: World, expectation: Expectation | None) -> Job:
     storage = open_location(config.data.shards, config.data.storage)
     manifest = read_manifest(storage)
     subjects = choose_subjects(
@@ -141,4 +146,5 @@ def _job(config: TrainConfig, world: World) -> Job:
         engine=config.engine,
         checkpoint=config.checkpoint,
         log=config.log,
+        expectation=expectation,
     )

@@ -1,10 +1,11 @@
-"""What a run says while it trains: progress line, metrics.jsonl, TensorBoard."""
+"""What a run says while it trains: progress line, metrics.jsonl, trackers."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -12,6 +13,7 @@ from typing import Any, TextIO
 from dist_decoder.config.train import LogConfig
 from dist_decoder.files import explained
 from dist_decoder.train.run_folder import METRICS_NAME, cut_metrics
+from dist_decoder.train.trackers import Tracker, open_trackers
 
 
 class Logs:
@@ -26,13 +28,18 @@ class Logs:
         active: bool = True,
         stream: TextIO | None = None,
         label: str = "",
+        tracker_ids: Mapping[str, str] | None = None,
     ) -> None:
-        """Open the files; lines about steps after ``start_step`` are dropped first."""
+        """Open the files; lines about steps after ``start_step`` are dropped first.
+
+        Raises:
+            ConfigError: a tracker cannot be opened.
+        """
         self._active = active
         self._total = total_steps
         self._label = label
         self._stream = stream if stream is not None else sys.stderr
-        self._board: Any = None
+        self._trackers: list[Tracker] = []
         self._bar: Any = None
         if not active:
             return
@@ -42,10 +49,7 @@ class Logs:
             cut_metrics(folder, start_step)
             # Unbuffered: nothing is left over that closing could fail to write.
             self._file = self._path.open("ab", buffering=0)
-            if config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._trackers = open_trackers(folder, config, start_step, tracker_ids or {})
         if self._stream.isatty():
             self._bar = _make_bar(self._stream)
             self._task = self._bar.add_task("train", total=total_steps, completed=start_step)
@@ -64,26 +68,37 @@ class Logs:
         if not self._active:
             return
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._bar is not None:
             self._bar.stop()
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log flat values of one step everywhere."""
+    def write(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        by_rank: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """Log flat values of one step everywhere, and lists with one number per rank as JSON."""
         if not self._active:
             return
+        more = {} if by_rank is None else {"ranks": by_rank}
         with explained(self._path, "written"):
-            self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
-        if self._board is not None:
-            with explained(self._path.parent / "tensorboard", "written"):
-                for name, value in values.items():
-                    self._board.add_scalar(name, value, step)
-        text = " ".join(f"{_short(name)} {value:.4g}" for name, value in values.items())
+            self._file.write((json.dumps({"step": step, **values, **more}) + "\n").encode())
+        for tracker in self._trackers:
+            tracker.log(step, values)
+        shown = {name: value for name, value in values.items() if _is_shown(name)}
+        text = " ".join(f"{_short(name)} {value:.4g}" for name, value in shown.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
             self.say(f"step {step}/{self._total} {text}")
+
+    def sync(self) -> None:
+        """Bring the metrics to disk: a checkpoint that outlives the machine must find its rows."""
+        if self._active:
+            with explained(self._path, "written"):
+                os.fsync(self._file.fileno())
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -95,6 +110,11 @@ class Logs:
         else:
             self._stream.write(line + "\n")
             self._stream.flush()
+
+
+def _is_shown(name: str) -> bool:
+    """Return whether the progress line has room for it; ``metrics.jsonl`` has everything."""
+    return not name.startswith(("lr/", "grad_norm/", "step_s/", "memory/"))
 
 
 def _short(name: str) -> str:

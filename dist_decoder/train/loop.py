@@ -5,144 +5,114 @@ from __future__ import annotations
 import copy
 import json
 import math
+import secrets
 import signal
-import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import (
-    CheckpointConfig,
-    EngineConfig,
-    LogConfig,
-    LossConfig,
-    OptimConfig,
-    SourcesConfig,
-)
 from dist_decoder.data.members import TargetName
 from dist_decoder.data.order import own_positions
-from dist_decoder.data.targets import TargetStatistics
-from dist_decoder.dist import World, any_rank, broadcast_object, sum_over_ranks
-from dist_decoder.errors import CheckpointError, ConfigError, StoppedError, TrainingError
+from dist_decoder.dist import (
+    World,
+    any_rank,
+    broadcast_object,
+    run_on_all,
+    run_on_first,
+    sum_over_ranks,
+)
+from dist_decoder.errors import ConfigError, StoppedError, TrainingError
 from dist_decoder.losses.objective import Losses, Term, active_terms
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import atomic_write_json
-from dist_decoder.train.canonical import (
-    State,
-    checkpoints_of,
-    keep_last,
-    owner_of,
-    read_document,
-    read_state,
-    write_state,
+from dist_decoder.train.canonical import State
+from dist_decoder.train.checkpoint import (
+    CheckpointDocument,
+    Progress,
+    load_weights,
+    target_tensors,
 )
-from dist_decoder.train.checkpoint import CheckpointDocument, load_weights, target_tensors
-from dist_decoder.train.class_terms import ClassTerms
 from dist_decoder.train.engine import Engine
+from dist_decoder.train.guard import FiniteGuard
+from dist_decoder.train.job import Job
 from dist_decoder.train.logs import Logs
-from dist_decoder.train.optimizer import learning_rate
+from dist_decoder.train.lost_peer import lost_peer_explained
+from dist_decoder.train.measure import SlowRanks, StepClock
+from dist_decoder.train.optimizer import learning_rate, part_learning_rates
+from dist_decoder.train.out_of_memory import memory_explained
+from dist_decoder.train.patience import Patience
+from dist_decoder.train.peak_flops import peak_flops
+from dist_decoder.train.profiling import StepProfiler
+from dist_decoder.train.saving import Resumed, Saver, check_shapes
 from dist_decoder.train.signals import StopFlag, catch_stop_signals
 from dist_decoder.train.step import Plan, compute_losses
+from dist_decoder.train.trackers import tracker_ids
+from dist_decoder.train.watchdog import Watchdog
 
 _START_SCORES = "validation.json"
-_SKIPPED = "skipped_steps"
-
-
-class BatchSource(Protocol):
-    """Batches of this rank, without end."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def close(self) -> None: ...
-
-
-Batches = Callable[[int, tuple[TargetName, ...]], BatchSource]
-"""(start step, targets that the losses need) -> batches of this rank from that step on."""
-Validation = Callable[[Decoder], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training run, ready to go."""
-
-    folder: Path
-    decoder: Decoder
-    """With its start values, on CPU; frozen parameters do not train."""
-    batches: Batches
-    validation: Validation
-    document: CheckpointDocument
-    """Of the checkpoints; ``step`` is filled in."""
-    targets: TargetStatistics
-    data: SourcesConfig
-    loss: LossConfig
-    optim: OptimConfig
-    engine: EngineConfig
-    checkpoint: CheckpointConfig
-    log: LogConfig
-    save_frozen: bool = True
-    """False for adapters: what is frozen belongs to the base."""
-    classes: ClassTerms | None = None
-    """What the losses on classes keep; None if they are off."""
-    keep_start: bool = False
-    """Save and validate the model at step 0, below ``start``."""
-    label: str = ""
 
 
 def fit(job: Job, world: World) -> dict[str, Any]:
     """Train to the last step, or go on from the newest complete checkpoint.
 
     Returns:
-        ``step``, the ``losses`` of the last logged step, the ``validation`` scores, and with
-        ``keep_start`` ``validation_at_start``.
+        ``step``, the ``losses`` of the last logged step, the ``validation`` scores, with
+        ``keep_start`` ``validation_at_start``, and ``stopped_early`` if patience ran out.
 
     Raises:
-        StoppedError: SIGTERM or SIGUSR1 came; a checkpoint was saved.
+        StoppedError: SIGTERM, SIGUSR1 or SIGUSR2 came; a checkpoint was saved.
         KeyboardInterrupt: SIGINT came; a checkpoint was saved.
-        ConfigError: the batch is smaller than the number of ranks.
-        TrainingError: a loss or gradient is not finite.
+        ConfigError: the batch is smaller than the number of ranks, or a tracker is not installed.
+        NonFiniteError: a loss or gradient is not finite, once or too often.
+        OutOfMemory: this rank has not enough memory.
+        LateRankError: another rank is gone.
         CheckpointError: the newest checkpoint is damaged or does not fit.
     """
-    run = _Run(job, world)
-    try:
-        with catch_stop_signals() as flag:
+    token = broadcast_object(secrets.token_hex(8), world)
+    with (
+        catch_stop_signals() as flag,
+        lost_peer_explained(world),
+        memory_explained(job, world),
+        Watchdog(world, job.engine, token) as watchdog,
+    ):
+        run = _Run(job, world, watchdog)
+        try:
             return run.train(flag)
-    finally:
-        run.close()
+        finally:
+            run.close()
 
 
 class _Run:
-    def __init__(self, job: Job, world: World) -> None:
+    def __init__(self, job: Job, world: World, watchdog: Watchdog) -> None:
         self.job = job
         self.world = world
+        self.watchdog = watchdog
         self.folder = job.folder / "checkpoints"
         outputs = frozenset(_outputs_of(job.decoder))
         self.terms: tuple[Term, ...] = active_terms(job.loss, outputs)
-        self.skipped = 0
         if not self.terms:
             raise TrainingError(
                 "every loss term is switched off or has no output: nothing to learn"
             )
+        if job.optim.patience and not job.log.validate_every_steps:
+            raise ConfigError(
+                "optim.patience counts validations: set log.validate_every_steps above 0"
+            )
+        self.guard = FiniteGuard(job.optim, self.terms, world)
+        self.patience = Patience(job.optim.patience)
         names: tuple[TargetName, ...] = ("pooled", "tokens", "low_level")
         wanted = {term.target for term in self.terms}
         self.needed = tuple(name for name in names if name in wanted)
-        counts = (
-            len(own_positions(job.data.batch_size, rank, world.size)) for rank in range(world.size)
-        )
-        self.plan = Plan(tuple(counts))
-        if min(self.plan.counts) == 0:
-            # An empty backward pass may abort a rank without a word.
-            raise ConfigError(
-                f"data.batch_size {job.data.batch_size} leaves a rank of {world.size} without "
-                "samples: raise it to at least the number of ranks, or start fewer ranks"
-            )
+        self.plan = _plan(job, world)
         self.unused = job.decoder.train_only_for(job.loss)
-        self.step, state = self._resume()
+        self.logs: Logs | None = None
+        self.saver = Saver(self.folder, job.checkpoint, world, self._say)
+        resumed = self.saver.newest(job.document)
+        self.step = resumed.document.step if resumed is not None else 0
+        known = resumed.document.progress.trackers if resumed is not None else {}
+        self.tracker_ids = run_on_first(lambda: tracker_ids(job.folder, job.log, known), world)
         # Validation predicts with a copy: at ZeRO stage 3 the trained one is in pieces.
         self.replica = copy.deepcopy(job.decoder) if world.is_first else None
         self.frozen = {
@@ -151,48 +121,107 @@ class _Run:
             if not p.requires_grad
         }
         job.decoder.to(world.device).train()
+        if job.decoder.middle.prior is not None:
+            job.decoder.middle.prior.net.recompute = job.engine.checkpoint_prior
         self.engine = Engine(job.decoder, job.engine, job.optim, world)
-        if state is not None:
-            self.engine.restore(state, self.step - self.skipped)
-        self.saved = self.step if state is not None else -1
+        self.is_resumed = resumed is not None
+        if resumed is not None:
+            self._go_on_from(resumed)
+        self.saver.make_room(self.engine.slices())
+        self.scores: dict[str, float] = {}
+        self.slow = SlowRanks()
+        self.peak = _peak_flops(job, world)
+        self.flops_per_sample = 0
+        if self.peak is not None and job.expectation is not None and world.is_first:
+            self.flops_per_sample = job.expectation(world.size).flops_per_sample
 
     def close(self) -> None:
+        self.saver.close()
         if hasattr(self, "engine"):
             self.engine.close()
 
     def train(self, flag: StopFlag) -> dict[str, Any]:
-        job, steps = self.job, self.job.optim.steps
-        first = self.world.is_first
-        scores: dict[str, float] = {}
-        losses: dict[str, float] = {}
         with ExitStack() as held:
-            logs = held.enter_context(
-                Logs(job.folder, job.log, steps, self.step, first, label=job.label)
-            )
+            logs = self._open_logs(held)
             self._announce(logs)
-            if job.keep_start and self.step == 0:
+            if self.job.keep_start and self.step == 0:
                 self._keep_start(logs)
-            clock = _Clock(job.data.batch_size)
-            source = held.enter_context(closing(job.batches(self.step, self.needed)))
-            for batch in source if self.step < steps else ():
+            losses = self._take_steps(flag, logs, held)
+            if self.patience.validated != self.step:
+                self._validate(logs)
+            self.saver.finish(must=True)
+        early = {"stopped_early": True} if self.step < self.job.optim.steps else {}
+        done = {"step": self.step, "losses": losses, "validation": self.scores}
+        return {**done, **early, **self._at_start()}
+
+    def _open_logs(self, held: ExitStack) -> Logs:
+        job = self.job
+
+        opened: list[Logs] = []
+
+        def open_logs() -> None:
+            logs = Logs(
+                job.folder, job.log, job.optim.steps, self.step, self.world.is_first,
+                label=job.label, tracker_ids=self.tracker_ids,
+            )  # fmt: skip
+            opened.append(held.enter_context(logs))
+
+        # A tracker that cannot be opened on rank 0 ends every rank.
+        run_on_all(open_logs, self.world)
+        (logs,) = opened
+        self.watchdog.say = logs.say
+        self.logs = logs
+        return logs
+
+    def _take_steps(self, flag: StopFlag, logs: Logs, held: ExitStack) -> dict[str, float]:
+        job, steps = self.job, self.job.optim.steps
+        losses: dict[str, float] = {}
+        if self._validation_is_due() and self.step > 0:
+            # The stop signal came first: the run was saved without it.
+            self._validate(logs)
+        if self.step >= steps or self.patience.exhausted:
+            return losses
+        clock = StepClock()
+        profiler = StepProfiler(job.folder, job.log.profile, self.world)
+        held.callback(profiler.close)
+        source = held.enter_context(closing(job.batches(self.step, self.needed)))
+        batches = iter(source)
+        while True:
+            profiler.begin(self.step)
+            self.watchdog.enter(self.step, "data")
+            with clock.waiting_for_data():
+                batch = next(batches)
+            self.watchdog.enter(self.step, "update")
+            with clock.working():
                 norm, result = self._update(batch.to(self.world.device), logs)
-                clock.count(batch.wait_s)
-                self.step += 1
-                if self.step % job.log.every_steps == 0 or self.step == steps:
-                    losses = self._write(logs, result, norm, clock)
-                stop = any_rank([flag.signal], self.world)[0]
-                if stop or self.step % job.checkpoint.every_steps == 0 or self.step == steps:
-                    self._save(logs)
-                if self.step == steps:
-                    break
-                if stop:
-                    self._stop(stop, logs)
-                every = job.log.validate_every_steps
-                if every and self.step % every == 0:
-                    scores = self._validate(logs)
-                    clock = _Clock(job.data.batch_size)
-            scores = self._validate(logs)
-        return {"step": self.step, "losses": losses, "validation": scores, **self._at_start()}
+            self.step += 1
+            trace = profiler.end(self.step - 1)
+            if trace is not None:
+                logs.say(f"step {self.step}: profiler traces are in {trace.parent}")
+            self.watchdog.enter(self.step, "log")
+            if self.step % job.log.every_steps == 0 or self.step == steps:
+                losses = self._write(logs, result, norm, clock)
+            stop, failed = any_rank([flag.signal, self.saver.failed], self.world)
+            self.saver.settle(failed)
+            if self._validation_is_due() and not stop:
+                self._validate(logs)
+            last = self.step == steps or self.patience.exhausted
+            if stop or last or self.step % job.checkpoint.every_steps == 0:
+                self._save(wait=bool(stop) or last)
+            if last:
+                break
+            if stop:
+                self._stop(stop, logs)
+        if self.patience.exhausted:
+            logs.say(
+                f"step {self.step}: stopped early, no validation after step "
+                f"{self.patience.best_step} raised the score {self.patience.best:.4g}"
+            )
+        return losses
+
+    def _validation_is_due(self) -> bool:
+        every = self.job.log.validate_every_steps
+        return bool(every) and self.step % every == 0 and self.patience.validated < self.step
 
     def _at_start(self) -> dict[str, Any]:
         path = self.job.folder / "start" / _START_SCORES
@@ -205,7 +234,7 @@ class _Run:
             raise TrainingError(f"the loader gave step {batch.step}, expected {self.step}")
         job = self.job
         losses = compute_losses(
-            self.engine,
+            self.guard.watched(self.engine),
             batch,
             self.plan,
             self.terms,
@@ -217,37 +246,14 @@ class _Run:
             job.classes,
         )
         total = losses.shared + losses.own
-        if job.optim.non_finite == "skip" and self._is_skipped(batch, losses, total, logs):
+        # Without `skip` one look at the gradient norm is enough, and saves a collective.
+        skip = job.optim.non_finite == "skip"
+        if skip and self.guard.skips_loss(self.step, batch, losses, logs.say):
             return math.nan, losses
         norm = self.engine.update(total * self.world.size, self.step)
-        if not (math.isfinite(norm) and norm >= 0):
-            raise TrainingError(self._explain_non_finite(batch, losses))
+        if self.guard.skips_gradient(self.step, batch, losses, norm, logs.say):
+            return math.nan, losses
         return norm, losses
-
-    def _is_skipped(self, batch: Batch, losses: Losses, total: Tensor, logs: Logs) -> bool:
-        """Return whether the loss of any rank is not finite, and count the step if so."""
-        finite = bool(torch.isfinite(total))
-        if not any_rank([0 if finite else 1], self.world)[0]:
-            return False
-        self.skipped += 1
-        text = self._explain_non_finite(batch, losses)
-        limit = self.job.optim.max_skipped
-        if self.skipped > limit:
-            raise TrainingError(f"{text}. Skipped {self.skipped} steps; optim.max_skipped={limit}")
-        logs.say(f"{text}; skipped, {self.skipped} of at most {limit}")
-        return True
-
-    def _explain_non_finite(self, batch: Batch, losses: Losses) -> str:
-        terms = self._whole_terms(losses)
-        bad = [name for name, value in terms.items() if not math.isfinite(value)]
-        samples = bad_samples(batch)
-        where = f"loss term {', '.join(bad)}" if bad else "gradient"
-        data = f"; samples with non-finite data: {', '.join(samples[:5])}" if samples else ""
-        return (
-            f"step {self.step}: the {where} is not finite{data}. Nothing was saved after the last "
-            "checkpoint; lower optim.lr, set optim.clip_norm, repair the data, or set "
-            "optim.non_finite=skip"
-        )
 
     def _whole_terms(self, losses: Losses) -> dict[str, float]:
         own = [term.name for term in self.terms if term.scope == "own"]
@@ -257,55 +263,63 @@ class _Run:
             values |= dict(zip(own, summed.tolist(), strict=True))
         return values
 
-    def _write(self, logs: Logs, losses: Losses, norm: float, clock: _Clock) -> dict[str, float]:
+    def _write(self, logs: Logs, losses: Losses, norm: float, clock: StepClock) -> dict[str, float]:
         terms = self._whole_terms(losses)
         total = sum(getattr(self.job.loss, name) * value for name, value in terms.items())
-        rate, wait = clock.read()
+        rates = clock.read(self.world)
+        parts = part_learning_rates(self.job.optim, self.step - 1)
         values = {
             "loss/total": total,
             **{f"loss/{name}": value for name, value in terms.items()},
             "lr": learning_rate(self.job.optim, self.step - 1),
+            **{f"lr/{part}": rate for part, rate in parts.items()},
             "grad_norm": norm,
-            "skipped_steps": self.skipped,
-            "samples_per_s": rate,
-            "wait_share": wait,
+            "skipped_steps": self.guard.skipped,
+            **rates.values(self.plan.global_size, self.world, self.flops_per_sample, self.peak),
+            **self.saver.timings(),
         }
-        logs.write(self.step, values)
+        logs.write(self.step, values, rates.by_rank if self.world.size > 1 else None)
+        for line in self.slow.look(rates):
+            logs.say(line)
         return {name: value for name, value in values.items() if name.startswith("loss/")}
 
-    def _save(self, logs: Logs) -> None:
-        if self.saved != self.step:
-            self._write_checkpoint(logs, self.folder)
-            self.saved = self.step
+    def _save(self, wait: bool) -> None:
+        self.watchdog.enter(self.step, "save")
+        if self.logs is not None:
+            self.logs.sync()
+        self.saver.save(self.engine.slices(), self._whole(), self._document(), wait)
 
     def _keep_start(self, logs: Logs) -> None:
         folder = self.job.folder / "start"
-        self._write_checkpoint(logs, folder / "checkpoints")
+        self.saver.write_aside(
+            folder / "checkpoints", self.engine.slices(), self._whole(), self._document()
+        )
         scores = self._validate(logs)
         if self.world.is_first:
             atomic_write_json(folder / _START_SCORES, scores)
 
-    def _write_checkpoint(self, logs: Logs, folder: Path) -> None:
-        begun = time.monotonic()
-        own: State = {}
-        owners = owner_of(self.engine.names, self.world.size)
-        for name in self.engine.names:
-            tensors = self.engine.read(name)
-            if owners[name] == self.world.rank:
-                own[name] = tensors
-        if self.world.is_first:
-            own |= target_tensors(self.job.targets)
-            own |= {_SKIPPED: {"memory": torch.tensor(float(self.skipped))}}
-            if self.job.classes is not None:
-                own |= self.job.classes.state()
-            if self.job.save_frozen:
-                own |= {name: {"frozen": value} for name, value in self.frozen.items()}
-        document = self.job.document.model_copy(update={"step": self.step})
-        written = document.model_dump(mode="json")
-        write_state(folder, self.step, own, written, self.world)
-        if self.world.is_first:
-            keep_last(folder, self.job.checkpoint.keep_last)
-        logs.say(f"step {self.step}: checkpoint saved in {time.monotonic() - begun:.1f} s")
+    def _document(self) -> CheckpointDocument:
+        progress = Progress(
+            skipped_steps=self.guard.skipped,
+            loss_scaler=self.engine.scaler(),
+            patience=self.patience.state(),
+            trackers=self.tracker_ids,
+        )
+        return self.job.document.model_copy(update={"step": self.step, "progress": progress})
+
+    def _whole(self) -> State:
+        """Return the tensors besides the trained ones that this rank saves."""
+        memories = {} if self.job.classes is None else self.job.classes.state(self.world)
+        if not self.world.is_first:
+            return memories
+        whole = target_tensors(self.job.targets) | memories
+        if self.job.save_frozen:
+            whole |= {name: {"frozen": value} for name, value in self.frozen.items()}
+        return whole
+
+    def _say(self, text: str) -> None:
+        if self.logs is not None:
+            self.logs.say(text)
 
     def _stop(self, number: int, logs: Logs) -> None:
         name = signal.Signals(number).name
@@ -316,6 +330,7 @@ class _Run:
         raise StoppedError(text)
 
     def _validate(self, logs: Logs) -> dict[str, float]:
+        self.watchdog.enter(self.step, "validate")
         kind = "ema" if self.job.optim.ema_decay > 0 else "master"
         weights = {name: self.engine.read(name)[kind] for name in self.engine.names}
         scores: dict[str, float] = {}
@@ -325,30 +340,27 @@ class _Run:
         scores = broadcast_object(scores, self.world)
         if scores:
             logs.write(self.step, scores)
+        elif self.job.optim.patience:
+            raise ConfigError(
+                "optim.patience needs validation images, and these shards have none: set "
+                "split.validation_prob above 0, or optim.patience=0"
+            )
+        self.scores = scores
+        self.patience.update(self.step, scores)
+        if self.step and self.saver.score(self.step, scores):
+            self._save(wait=False)
         return scores
 
-    def _resume(self) -> tuple[int, State | None]:
-        found = checkpoints_of(self.folder) if self.world.is_first else []
-        newest = broadcast_object(str(found[-1]) if found else None, self.world)
-        if newest is None:
-            return 0, None
-        folder = Path(newest)
-        document = CheckpointDocument.model_validate(read_document(folder))
-        for key in ("manifest_fingerprint", "config_fingerprint", "base"):
-            if getattr(document, key) != getattr(self.job.document, key):
-                raise CheckpointError(
-                    f"{folder} has another {key.replace('_', ' ')} ({getattr(document, key)}, now "
-                    f"{getattr(self.job.document, key)}): the shards, configuration or base "
-                    "changed since; choose another `run`"
-                )
-        state = read_state(folder)
-        names = {name for name, p in self.job.decoder.named_parameters() if p.requires_grad}
-        weights = {name: kinds["master"] for name, kinds in state.items() if "master" in kinds}
-        load_weights(self.job.decoder, weights, folder, only=names)
-        self.skipped = int(state[_SKIPPED]["memory"]) if _SKIPPED in state else 0
+    def _go_on_from(self, resumed: Resumed) -> None:
+        reader, progress = resumed.reader, resumed.document.progress
+        check_shapes(reader, self.engine.shapes())
+        self.guard.skipped = progress.skipped_steps
+        self.patience.load(progress.patience)
+        self.engine.load(reader.read, self.step - self.guard.skipped)
+        self.engine.load_scaler(progress.loss_scaler)
         if self.job.classes is not None:
-            self.job.classes.load(state)
-        return document.step, state
+            self.job.classes.load(reader.state(("memory",)), self.world)
+        self.saver.saved_step = self.step
 
     def _announce(self, logs: Logs) -> None:
         if self.replica is None:
@@ -361,44 +373,21 @@ class _Run:
         )
         if self.unused:
             logs.say(f"not trained, their losses are switched off: {', '.join(self.unused)}")
-        if self.saved >= 0:
+        if self.is_resumed:
             logs.say(f"resumed from step {self.step}")
 
 
-class _Clock:
-    """Samples per second and share of waiting since the last reading."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._reset()
-
-    def _reset(self) -> None:
-        self._since = time.monotonic()
-        self._steps = 0
-        self._wait_s = 0.0
-
-    def count(self, wait_s: float) -> None:
-        self._steps += 1
-        self._wait_s += wait_s
-
-    def read(self) -> tuple[float, float]:
-        passed = max(time.monotonic() - self._since, 1e-9)
-        result = (self._steps * self._batch_size / passed, self._wait_s / passed)
-        self._reset()
-        return result
+def _plan(job: Job, world: World) -> Plan:
+    size = job.data.batch_size
+    return Plan(tuple(len(own_positions(size, rank, world.size)) for rank in range(world.size)))
 
 
-def bad_samples(batch: Batch) -> list[str]:
-    """Return the keys of samples whose voxels or targets are not finite."""
-    bad = set()
-    for subject, voxels in batch.voxels.items():
-        rows = batch.rows[subject][~torch.isfinite(voxels).all(dim=1)]
-        bad |= set(rows.tolist())
-    for target in (batch.pooled_BE, batch.tokens_BTD):
-        if target is not None:
-            finite = torch.isfinite(target.flatten(1)).all(dim=1)
-            bad |= set(torch.nonzero(~finite).flatten().tolist())
-    return [batch.keys[row] for row in sorted(bad)]
+def _peak_flops(job: Job, world: World) -> float | None:
+    if job.log.peak_tflops is not None:
+        return job.log.peak_tflops * 1e12
+    if world.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(world.device), job.engine.precision)
 
 
 def _outputs_of(decoder: Decoder) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from dist_decoder.batch import Batch
 from dist_decoder.config.train import MixingConfig
-from dist_decoder.dist import World, gather
+from dist_decoder.dist import World, gather_shared
 from dist_decoder.losses.mixing import Mixture, draw_mixture, mix
 
 
@@ -40,7 +40,7 @@ def mix_batch(
     names = sorted(num_voxels)
     device = batch.positions_B.device
     own = torch.tensor([names.index(name) for name in batch.subjects], device=device)
-    subject_B = gather(own.long(), counts, world).tolist()
+    subject_B = gather_shared(own.long(), counts, world).tolist()
     mixture = draw_mixture(
         [names[index] for index in subject_B],
         seed,
@@ -68,7 +68,7 @@ def mix_batch(
             if present
             else torch.zeros(0, num_voxels[name], device=device)
         )
-        everyone = gather(here, sizes, world)
+        everyone = gather_shared(here, sizes, world)
         if not present:
             continue
         place = {row: number for number, row in enumerate(rows_of)}

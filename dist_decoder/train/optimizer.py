@@ -74,22 +74,25 @@ def is_decayed(name: str, module_kind: type[nn.Module]) -> bool:
     return name.rpartition(".")[2] not in _NOT_DECAYED and module_kind is not nn.LayerNorm
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Return the groups of trainable parameters: part x decayed or not, in a fixed order."""
+def parameter_groups(
+    model: nn.Module, config: OptimConfig, prefix: str = ""
+) -> list[dict[str, Any]]:
+    """Return the groups of trainable parameters: part x decayed or not, in a fixed order.
+
+    Args:
+        model: the decoder, or a side of it.
+        config: scales and decays.
+        prefix: name of that side with a dot.
+    """
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for prefix, module in model.named_modules():
+    for place, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                full_name = f"{prefix}.{name}"
+                full_name = f"{prefix}{place}.{name}"
                 key = (part_of(full_name), is_decayed(full_name, type(module)))
                 members.setdefault(key, []).append(parameter)
-    scales = {
-        "ridge": config.ridge_lr_scale,
-        "backbone": config.backbone_lr_scale,
-        "prior": config.prior_lr_scale,
-    }
     groups = []
-    for part, scale in scales.items():
+    for part, scale in part_scales(config).items():
         for decayed in (True, False):
             if (part, decayed) not in members:
                 continue
@@ -105,11 +108,11 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     return groups
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> AveragingAdamW:
+def make_optimizer(model: nn.Module, config: OptimConfig, prefix: str = "") -> AveragingAdamW:
     """Return the optimizer; its learning rate is zero until ``set_schedule``."""
     # Some engine wrappers take a step on zero gradients while they start: at lr 0 it does nothing.
     return AveragingAdamW(
-        parameter_groups(model, config),
+        parameter_groups(model, config, prefix),
         ema_decay=config.ema_decay,
         lr=0.0,
         betas=config.betas,
@@ -132,6 +135,21 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     progress = min((step - config.warmup_steps) / span, 1.0)
     cosine = (1 + math.cos(math.pi * progress)) / 2
     return config.lr * (config.final_lr_scale + (1 - config.final_lr_scale) * cosine)
+
+
+def part_learning_rates(config: OptimConfig, step: int) -> dict[str, float]:
+    """Return the learning rate of every part at global step ``step`` (0-based)."""
+    rate = learning_rate(config, step)
+    return {part: rate * scale for part, scale in part_scales(config).items()}
+
+
+def part_scales(config: OptimConfig) -> dict[str, float]:
+    """Return what every part multiplies the learning rate by."""
+    return {
+        "ridge": config.ridge_lr_scale,
+        "backbone": config.backbone_lr_scale,
+        "prior": config.prior_lr_scale,
+    }
 
 
 def one_cycle(config: OptimConfig, step: int, start: float, top: float, end: float) -> float:

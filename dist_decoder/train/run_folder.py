@@ -4,6 +4,7 @@ config.yaml        resolved configuration
 environment.json   one entry per start: versions, git revision, host, command
 metrics.jsonl      one flat object per log step
 tensorboard/
+trackers.json      run ids of the trackers that have such
 checkpoints/
 summary.json       written last: the run is finished
 """
@@ -23,7 +24,8 @@ from dist_decoder.config.base import Section, fingerprint, load_config, to_yaml
 from dist_decoder.errors import ConfigError, RunError
 from dist_decoder.files import explained
 from dist_decoder.storage import atomic_write_bytes, atomic_write_json
-from dist_decoder.train.canonical import checkpoints_of
+from dist_decoder.train.places import checkpoints_of
+from dist_decoder.train.resume_rules import changed_keys, fixed_values
 
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
@@ -34,16 +36,10 @@ _LAUNCH = "launch"
 
 _LEFTOVERS = (
     CONFIG_NAME, ENVIRONMENT_NAME, METRICS_NAME, "tensorboard", "checkpoints", "start",
-    "ridge-start",
+    "ridge-start", "trackers.json", "wandb", "profile",
 )  # fmt: skip
 """What a start may leave before its first checkpoint."""
 
-_FREE_KEYS = (
-    "run", "resume", "engine", "checkpoint", "log", "data.workers", "data.worker_kind",
-    "data.cache_mb", "data.cache", "data.storage",
-)  # fmt: skip
-"""May change between a run and its continuation: they change no number of the result beyond
-rounding (world size and ZeRO stage)."""
 _PACKAGES = (
     "dist-decoder", "torch", "deepspeed", "diffusers", "peft", "numpy", "scipy", "safetensors",
     "open_clip_torch", "zarr", "webdataset",
@@ -130,17 +126,7 @@ def _clear(folder: Path) -> None:
 
 def config_fingerprint(config: Section) -> str:
     """Return what identifies the numbers that a configuration gives."""
-    return fingerprint(_fixed(config))
-
-
-def changed_keys(before: Section, after: Section) -> list[str]:
-    """Return the dotted keys that differ and must not, with both values."""
-    old, new = _fixed(before), _fixed(after)
-    return [
-        f"{key} ({old.get(key)!r} -> {new.get(key)!r})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    return fingerprint(fixed_values(config))
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -172,25 +158,6 @@ def cut_metrics(folder: Path, step: int) -> None:
         if entry["step"] <= step:
             kept.append(line + "\n")
     atomic_write_bytes(path, "".join(kept).encode())
-
-
-def _fixed(config: Section) -> dict[str, Any]:
-    flat = _flatten(config.model_dump(mode="json"))
-    return {
-        key: value
-        for key, value in flat.items()
-        if not any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
-    }
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _visible(folder: Path) -> list[str]:

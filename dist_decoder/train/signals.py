@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopFlag:
@@ -25,7 +25,7 @@ class StopFlag:
 
 @contextmanager
 def catch_stop_signals() -> Iterator[StopFlag]:
-    """Yield a flag that SIGTERM, SIGINT and SIGUSR1 set; a second SIGINT interrupts at once."""
+    """Yield a flag that every stop signal sets; a second SIGINT interrupts at once."""
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag

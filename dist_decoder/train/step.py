@@ -1,6 +1,10 @@
-"""One training step: forward, gather over ranks, losses, backward.
+"""One training step: forward, sums over ranks, losses.
 
-Axes: B samples of the global batch, b of this rank, F flattened features.
+Tokens are cut over ranks: of the projected tokens and of their targets a rank has its own tokens of
+every sample, and the similarities are sums of what the ranks make of theirs. No rank ever holds
+the tokens of the global batch.
+
+Axes: B samples of the global batch, b of this rank, f features that this rank holds.
 """
 
 from __future__ import annotations
@@ -13,9 +17,10 @@ from torch import Tensor
 
 from dist_decoder.batch import Batch
 from dist_decoder.config.train import LossConfig
-from dist_decoder.dist import World, gather
+from dist_decoder.cuts import Cuts
+from dist_decoder.dist import World, gather_shared
 from dist_decoder.errors import DataError
-from dist_decoder.losses.objective import Inputs, Losses, Term, mixing_share, objective
+from dist_decoder.losses.objective import CUT, Inputs, Losses, Term, mixing_share, objective
 from dist_decoder.nn.keyed import SampleKeys
 from dist_decoder.train.class_terms import ClassTerms
 from dist_decoder.train.mixing import mix_batch
@@ -46,11 +51,11 @@ def compute_losses(
     num_voxels: Mapping[str, int] | None = None,
     classes: ClassTerms | None = None,
 ) -> Losses:
-    """Return this rank's losses of one global step.
+    """Return this rank's losses of one global step; a collective call.
 
     ``backward((shared + own) * world_size)`` on every rank, followed by the engine's average over
-    ranks, gives the gradient of the loss over the global batch: the gather passes each rank its
-    own rows of the shared loss's gradient, and the average divides by what was multiplied.
+    ranks, gives the gradient of the loss over the global batch to the middle; the ends' gradient
+    is whole on its rank, times ``world_size``.
 
     Args:
         forward: the decoder or the engine around it.
@@ -67,6 +72,7 @@ def compute_losses(
     keys = SampleKeys(seed, batch.step, tuple(batch.positions_B.tolist()))
     targets = _targets(batch, terms)
     mixture = None
+    cuts = Cuts(world, plan.counts)
     if batch.step / num_steps < mixing_share(config):
         voxels = num_voxels or {name: v.shape[1] for name, v in batch.voxels.items()}
         batch, mixture = mix_batch(batch, plan.counts, config.mixing, seed, voxels, world)
@@ -78,35 +84,50 @@ def compute_losses(
         keys=keys,
         prior_target_BTD=targets.get("tokens") if "prior" in needed else None,
         outputs=needed,
+        cuts=cuts,
     )
     class_inputs = None
     if classes is not None:
         labels = classes.labels_of(batch.image_uids).to(world.device)
-        class_inputs = classes.inputs(gather(labels.float(), plan.counts, world) > 0)
+        labels = gather_shared(labels.float(), plan.counts, world) > 0
+        class_inputs = classes.inputs(labels)
         if config.classes.perturbed_prob > 0:
-            moved = classes.perturb(outputs["retrieval"], labels, keys, config.classes)
+            everyone = gather_shared(batch.positions_B, plan.counts, world)
+            all_keys = SampleKeys(seed, batch.step, tuple(everyone.tolist()))
+            moved = classes.perturb(outputs["retrieval"], labels, all_keys, config.classes, cuts)
             outputs = {**outputs, "retrieval": moved}
-    shared = [term for term in terms if term.scope == "shared"]
-    gathered = {
-        name: gather(outputs[name].float().flatten(1), plan.counts, world)
-        for name in dict.fromkeys(term.output for term in shared)
-    }
-    gathered_targets = {
-        name: gather(targets[name].flatten(1), plan.counts, world)
-        for name in dict.fromkeys(name for term in shared for name in _target_names(term))
-    }
+    gathered: dict[str, Tensor] = {}
+    gathered_targets: dict[str, Tensor] = {}
+    for term in terms:
+        if term.scope == "own":
+            continue
+        if term.output in CUT:
+            gathered[term.output] = outputs[term.output].flatten(1)
+        elif term.output not in gathered:
+            whole = outputs[term.output].float().flatten(1)
+            gathered[term.output] = gather_shared(whole, plan.counts, world)
+        for name in _target_names(term):
+            if name in gathered_targets:
+                continue
+            if term.output in CUT:
+                shard = cuts.to_shards(targets[name].to(outputs[term.output].dtype))
+                gathered_targets[name] = shard.flatten(1)
+            else:
+                whole = targets[name].flatten(1)
+                gathered_targets[name] = gather_shared(whole, plan.counts, world)
     inputs = Inputs(
         config=config,
         own=outputs,
         own_targets=targets,
         gathered=gathered,
         gathered_targets=gathered_targets,
-        image_ids_B=gather(batch.image_ids_B, plan.counts, world),
+        image_ids_B=gather_shared(batch.image_ids_B, plan.counts, world),
         step=batch.step,
         num_steps=num_steps,
         mixture=mixture,
         classes=class_inputs,
         temperature=_of_all_ranks(outputs.get("temperature"), world),
+        total=cuts.sum_partials,
     )
     losses = objective(terms, inputs)
     if class_inputs is not None:
@@ -114,7 +135,10 @@ def compute_losses(
             class_inputs.latents.add(gathered["subject_latents"], class_inputs.labels_BC)
         if config.relational > 0:
             class_inputs.tokens.add(
-                gathered["retrieval"], class_inputs.labels_BC, inputs.image_ids_B
+                gathered["retrieval"],
+                class_inputs.labels_BC,
+                inputs.image_ids_B,
+                cuts.sum_partials,
             )
     return losses
 

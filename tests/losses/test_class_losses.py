@@ -6,10 +6,11 @@ from torch import Tensor
 
 from dist_decoder.losses.classes import (
     alike,
-    class_prototypes,
+    prototype_similarity,
     relational_consistency,
     triplet_alignment,
 )
+from dist_decoder.losses.contrastive import cosine_similarity
 from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.perturbation import perturb_subject
 from dist_decoder.losses.regression import correlation_sum
@@ -52,10 +53,11 @@ def test_a_batch_without_positives_gives_zero_with_a_graph() -> None:
 
 def test_a_class_with_one_member_has_a_prototype_but_can_be_left_out() -> None:
     features = normal(B, F).requires_grad_()
-    prototypes, counts = class_prototypes(features, LABELS)
+    similarity, counts = prototype_similarity(cosine_similarity(features, features), LABELS)
     assert counts.tolist() == [1, 2, 1]
-    torch.testing.assert_close(prototypes[2], features[1] / features[1].norm())
-    similarity = torch.einsum("cf,df->cd", prototypes, prototypes)
+    unit = features / features.norm(dim=1, keepdim=True)
+    middle = (unit[0] + unit[3]) / (unit[0] + unit[3]).norm()
+    torch.testing.assert_close(similarity[2, 1], unit[1] @ middle)
     reference = torch.zeros(C, C)
     left = relational_consistency(similarity, reference, counts >= 2)
     assert float(left) == 0
@@ -71,7 +73,7 @@ def test_a_class_with_one_member_has_a_prototype_but_can_be_left_out() -> None:
 
 
 def test_memory_keeps_the_newest_known_finite_rows_without_gradient() -> None:
-    memory = Memory(3, F, C)
+    memory = Memory(3, C)
     rows = normal(B, F).requires_grad_()
     memory.add(rows, LABELS)
     assert len(memory) == 3
@@ -82,7 +84,7 @@ def test_memory_keeps_the_newest_known_finite_rows_without_gradient() -> None:
     torch.testing.assert_close(
         memory.features_KF[1:], broken[[1, 3]] / broken[[1, 3]].norm(dim=1, keepdim=True)
     )
-    other = Memory(3, F, C)
+    other = Memory(3, C)
     other.load(memory.state())
     assert torch.equal(other.features_KF, memory.features_KF)
     assert torch.equal(other.labels_KC, memory.labels_KC)
@@ -90,7 +92,7 @@ def test_memory_keeps_the_newest_known_finite_rows_without_gradient() -> None:
 
 def test_image_memory_is_a_running_mean_per_image() -> None:
     ids = torch.tensor([2**62 + 5, 7, 2**62 + 5, 9, 11])
-    memory = ImageMemory(9, F, C, momentum=0.75)
+    memory = ImageMemory(9, C, momentum=0.75)
     visits = [normal(5, F, seed=seed).requires_grad_() for seed in (1, 2)]
     labels = torch.eye(C, dtype=torch.bool)[[0, 0, 1, 2, 1]]
     labels[1] = False
@@ -109,14 +111,17 @@ def test_image_memory_is_a_running_mean_per_image() -> None:
     assert not memory.features_KF.requires_grad
     first = memory.labels_KC[memory.image_K.tolist().index(2**62 + 5)]
     assert torch.equal(first, labels[0] | labels[2])
+    # A batch without any class changes nothing.
+    memory.add(normal(5, F), torch.zeros(5, C, dtype=torch.bool), ids)
+    assert len(memory) == len(expected)
     # The images that were visited last stay.
     memory.add(normal(1, F), labels[:1], torch.tensor([9]))
-    small = ImageMemory(2, F, C, momentum=0.75)
+    small = ImageMemory(2, C, momentum=0.75)
     small.load(memory.state())
     assert torch.equal(small.image_K, memory.image_K)
     small.add(normal(1, F), labels[:1], torch.tensor([3]))
     assert small.image_K.tolist() == [9, 3]
-    newest = ImageMemory(2, F, C, momentum=0.0)
+    newest = ImageMemory(2, C, momentum=0.0)
     for rows in visits:
         newest.add(rows[3:4], labels[3:4], ids[3:4])
     unit = visits[1][3].detach() / visits[1][3].detach().norm()
@@ -127,11 +132,12 @@ def test_perturbation_has_a_gradient_and_moves_the_spread_of_chosen_rows_only() 
     tokens = normal(3, 7, F).requires_grad_()
     mean, variance = normal(3, 7, F, seed=1), normal(3, 7, F, seed=2).square() * 9
     chosen = torch.tensor([True, False, True])
-    moved = perturb_subject(tokens, mean, variance, chosen, 1.0)
+    donor = variance.sqrt().mean(dim=1)
+    moved = perturb_subject(tokens, mean, donor, chosen, 1.0, 7)
     assert torch.equal(moved[1], tokens[1])
     spread = (moved - mean)[0].std(dim=0)
     torch.testing.assert_close(spread, variance[0].sqrt().mean(dim=0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(perturb_subject(tokens, mean, variance, chosen, 0.0), tokens)
+    torch.testing.assert_close(perturb_subject(tokens, mean, donor, chosen, 0.0, 7), tokens)
     moved.square().sum().backward()
     assert tokens.grad is not None
     assert bool(tokens.grad.flatten(1).any(dim=1).all())

@@ -6,7 +6,7 @@ from test_losses import IDS, LABELS, SMALL, everything, normal
 from torch import Tensor
 
 from dist_decoder.config.train import LossConfig
-from dist_decoder.losses.classes import class_prototypes
+from dist_decoder.losses.contrastive import cosine_similarity
 from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.mixing import Mixture
 from dist_decoder.losses.objective import TERMS, ClassInputs, Inputs, active_terms, objective
@@ -23,13 +23,12 @@ def all_terms(order: Tensor, ranks: tuple[int, ...], step: int) -> dict[str, flo
     targets = {name: value[order] for name, value in made["targets"].items()}
     place = torch.argsort(order)
     labels = torch.eye(3, dtype=torch.bool)
-    latents, tokens = Memory(9, 8, 3), ImageMemory(9, 12, 3, 0.9)
+    latents, tokens = Memory(9, 3), ImageMemory(9, 3, 0.9)
     latents.add(normal(3, 8, seed=20), labels)
     tokens.add(normal(3, 12, seed=21), labels, torch.arange(3))
-    reference, _ = class_prototypes(normal(3, 6, seed=22), labels)
-    classes = ClassInputs(
-        LABELS[order], latents, tokens, reference @ reference.mT, torch.ones(3).bool()
-    )
+    features = normal(3, 6, seed=22)
+    reference = cosine_similarity(features, features)
+    classes = ClassInputs(LABELS[order], latents, tokens, reference, torch.ones(3).bool())
     found: dict[str, float] = {}
     start = 0
     for size in ranks:

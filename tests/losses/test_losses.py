@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dist_decoder.config.train import LossConfig
-from dist_decoder.losses.classes import class_prototypes
 from dist_decoder.losses.contrastive import cosine_similarity, symmetric_contrastive
 from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.mixing import Mixture
@@ -105,12 +104,13 @@ LABELS = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 1]]).b
 
 
 def class_inputs() -> ClassInputs:
-    latents, tokens = Memory(9, 8, C), ImageMemory(9, 12, C, 0.9)
+    latents, tokens = Memory(9, C), ImageMemory(9, C, 0.9)
     labels = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
     latents.add(normal(3, 8, seed=20), labels)
     tokens.add(normal(3, 12, seed=21), labels, torch.arange(3))
-    reference, _ = class_prototypes(normal(3, 6, seed=22), labels)
-    return ClassInputs(LABELS, latents, tokens, reference @ reference.mT, torch.ones(C).bool())
+    features = normal(3, 6, seed=22)
+    reference = cosine_similarity(features, features)
+    return ClassInputs(LABELS, latents, tokens, reference, torch.ones(C).bool())
 
 
 def total(config: LossConfig, parts: dict[str, dict[str, Tensor]], step: int = 0) -> Tensor:

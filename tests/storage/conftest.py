@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
+from planted_secret import SECRET
 from scripted_server import Scripted, scripted_server
-
-SECRET = "planted-SECRET/key+0815"
 
 
 @pytest.fixture

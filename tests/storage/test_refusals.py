@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 
 import pytest
-from conftest import SECRET
+from planted_secret import SECRET
 from scripted_server import Fault, Scripted
 
 from dist_decoder.config.base import load_config, to_yaml

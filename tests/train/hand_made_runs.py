@@ -16,7 +16,7 @@ def joint_config(run: Path, shards: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "run": run, "data": {"shards": str(shards), "batch_size": 8}, "model": MODEL,
         "optim": {"steps": 6, "ema_decay": 0.9}, "checkpoint": {"every_steps": 2},
-        "log": {"every_steps": 1, "tensorboard": False}, **changes,
+        "log": {"every_steps": 1, "trackers": ()}, **changes,
     }  # fmt: skip
     return TrainConfig.model_validate(values)
 
@@ -25,6 +25,6 @@ def adapt_config(run: Path, base: Path, shards: Path, **changes: Any) -> AdaptCo
     values: dict[str, Any] = {
         "run": run, "base": base, "subject": "beta/held", "lora": {"rank": 2},
         "data": {"shards": str(shards), "batch_size": 4}, "optim": {"steps": 3},
-        "lrs": (1e-2, 1e-4), "log": {"tensorboard": False}, "sessions": 3, **changes,
+        "lrs": (1e-2, 1e-4), "log": {"trackers": ()}, "sessions": 3, **changes,
     }  # fmt: skip
     return AdaptConfig.model_validate(values)

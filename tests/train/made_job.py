@@ -27,7 +27,7 @@ from dist_decoder.dist import World
 from dist_decoder.formats import EncoderEntry
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.train.checkpoint import CheckpointDocument, SubjectInfo
-from dist_decoder.train.loop import Job
+from dist_decoder.train.job import Job
 
 SUBJECTS = {"bold5000/CSI1": 9, "god/S1": 5, "nsd/subj01": 7}
 E, T, D = 5, 3, 4
@@ -45,8 +45,15 @@ MODEL = ModelConfig(
 class MadeBatches:
     """Batches that are a function of (step, position); the first rank holds one subject only."""
 
-    def __init__(self, rank: int, world_size: int, start_step: int, poison: int | None = None):
-        self._own = own_positions(GLOBAL_BATCH, rank, world_size)
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        poison: int | None = None,
+        size: int = GLOBAL_BATCH,
+    ):
+        self._own = own_positions(size, rank, world_size)
         self._step = start_step
         self._poison = poison
 
@@ -99,6 +106,7 @@ def made_job(
     steps: int = 20,
     zero_stage: int = 2,
     batches: Callable[..., Any] | None = None,
+    batch_size: int = GLOBAL_BATCH,
     **changes: Any,
 ) -> Job:
     """Return a job; ``changes`` replace fields of the job or of its optimizer settings."""
@@ -126,7 +134,7 @@ def made_job(
     )
 
     def made(start_step: int, needed: tuple[str, ...]) -> MadeBatches:
-        return MadeBatches(world.rank, world.size, start_step)
+        return MadeBatches(world.rank, world.size, start_step, size=batch_size)
 
     values: dict[str, Any] = {
         "folder": folder,
@@ -137,12 +145,12 @@ def made_job(
         "targets": TargetStatistics(
             np.arange(E, dtype=np.float32), 2.0, np.ones((T, D), np.float32), 3.0
         ),
-        "data": SourcesConfig(shards="none", batch_size=GLOBAL_BATCH),
+        "data": SourcesConfig(shards="none", batch_size=batch_size),
         "loss": LossConfig(),
         "optim": OptimConfig.model_validate(optim),
         "engine": EngineConfig(zero_stage=zero_stage, device="cpu"),
         "checkpoint": CheckpointConfig(every_steps=8),
-        "log": LogConfig(every_steps=1, tensorboard=False),
+        "log": LogConfig(every_steps=1, trackers=()),
         **changes,
     }
     return Job(**values)

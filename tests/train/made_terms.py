@@ -19,6 +19,7 @@ from dist_decoder.nn.lora import add_lora
 from dist_decoder.rng import numpy_generator
 from dist_decoder.stats.classes import ClassStatistics
 from dist_decoder.train.class_terms import ClassTerms
+from dist_decoder.train.ends import cut_ends, is_cut
 from dist_decoder.train.loop import _outputs_of
 from dist_decoder.train.step import Plan, compute_losses
 
@@ -60,7 +61,7 @@ def made_classes(loss: LossConfig) -> ClassTerms:
         if number != 11
     }
     labels["made:11"] = ()
-    return ClassTerms(labels, loss.classes, MODEL.latent_dim, T * D, made_statistics())
+    return ClassTerms(labels, loss.classes, T, made_statistics())
 
 
 def whole_batch(step: int, positions: range) -> Batch:
@@ -100,6 +101,7 @@ def losses_by_step(
     sizes = [len(own_positions(GLOBAL_BATCH, rank, world.size)) for rank in range(world.size)]
     own = own_positions(GLOBAL_BATCH, world.rank, world.size)
     classes, found = made_classes(loss), []
+    cut_ends(decoder, world, torch.float32)
     for step in range(STEPS):
         losses = compute_losses(
             decoder, whole_batch(step, own), Plan(tuple(sizes)), terms, loss, 3, world, STEPS,
@@ -108,9 +110,10 @@ def losses_by_step(
         decoder.zero_grad()
         (losses.shared + losses.own).backward()
         with torch.no_grad():
-            for parameter in decoder.parameters():
+            for name, parameter in decoder.named_parameters():
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.sub_(0.002 * sum_over_ranks(grad, world))
+                whole = name.startswith("ends.") and is_cut(name)
+                parameter.sub_(0.002 * (grad if whole else sum_over_ranks(grad, world)))
         own_names = [term.name for term in terms if term.scope == "own"]
         summed = {
             name: float(sum_over_ranks(value, world)) if name in own_names else float(value)

@@ -14,9 +14,6 @@ from ranks import ROOT, run_ranks
 
 from dist_decoder import dist
 from dist_decoder.adapt import adapt
-from dist_decoder.config.train import SourcesConfig
-from dist_decoder.dist import World
-from dist_decoder.errors import ConfigError
 from dist_decoder.train.canonical import checkpoints_of, read_state
 from dist_decoder.train.joint import train
 from dist_decoder.train.loop import fit
@@ -53,12 +50,6 @@ def test_bf16_on_two_ranks_resumes_with_the_same_bits(two_ranks: Path, tmp_path:
     full = losses_of(tmp_path)
     assert losses_of(whole) != pytest.approx(full, rel=1e-6)
     assert losses_of(whole) == pytest.approx(full, rel=5e-2)
-
-
-def test_a_rank_without_samples_is_refused(tmp_path: Path) -> None:
-    world = World(0, 2, torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"batch_size 1 leaves a rank of 2 without samples"):
-        fit(made_job(tmp_path, world, data=SourcesConfig(shards="none", batch_size=1)), world)
 
 
 def test_two_ranks_adapt_as_one(two_ranks: Path, joint: Path, shards: Path, tmp_path: Path) -> None:

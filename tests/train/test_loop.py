@@ -188,7 +188,7 @@ def test_log_options_act(world: World, tmp_path: Path) -> None:
         calls.append(1)
         return {"validation/made/pooled_top1": 0.5}
 
-    log = LogConfig(every_steps=4, validate_every_steps=3, tensorboard=True)
+    log = LogConfig(every_steps=4, validate_every_steps=3, trackers=("tensorboard",))
     summary = fit(made_job(tmp_path, world, steps=7, log=log, validation=validation), world)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4, 6, 7, 7]

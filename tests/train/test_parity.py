@@ -1,5 +1,6 @@
 """The same mathematics at any number of ranks and ZeRO stage, against a plain loop."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from made_job import GLOBAL_BATCH, MODEL, SUBJECTS, D, E, T, made_batch
 from ranks import run_ranks
 from torch.nn import functional as F
 
+from dist_decoder.cuts import chunk_of
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.keyed import SampleKeys
 from dist_decoder.train.canonical import checkpoints_of, read_state
@@ -29,7 +31,11 @@ def slow_contrastive(brain: torch.Tensor, image: torch.Tensor, ids: torch.Tensor
     return total / 2 / len(ids)
 
 
-def plain_training() -> tuple[list[float], dict[str, torch.Tensor]]:
+Trained = tuple[list[float], dict[str, torch.Tensor]]
+
+
+@functools.cache
+def plain_training(size: int = GLOBAL_BATCH) -> Trained:
     """Train on whole batches with torch alone; loss, groups and schedule written out."""
     model = Decoder(MODEL, SUBJECTS, E, (T, D), seed=3)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
@@ -48,12 +54,12 @@ def plain_training() -> tuple[list[float], dict[str, torch.Tensor]]:
         rate = 3e-3 * (step + 1) / 4 if step < 4 else rate
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        batch = made_batch(step, range(GLOBAL_BATCH))
-        keys = SampleKeys(3, step, tuple(range(GLOBAL_BATCH)))
+        batch = made_batch(step, range(size))
+        keys = SampleKeys(3, step, tuple(range(size)))
         assert batch.pooled_BE is not None
         assert batch.tokens_BTD is not None
         found = model(
-            batch.voxels, batch.rows, GLOBAL_BATCH, keys=keys,
+            batch.voxels, batch.rows, size, keys=keys,
             prior_target_BTD=batch.tokens_BTD,
             outputs=("pooled", "tokens", "retrieval", "prior"),
         )  # fmt: skip
@@ -73,24 +79,65 @@ def plain_training() -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.fixture(scope="module")
-def plain() -> tuple[list[float], dict[str, torch.Tensor]]:
-    return plain_training()
-
-
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 2), (2, 0), (2, 2), (2, 3)])
-def test_losses_and_parameters_equal_a_plain_loop(
-    world_size: int,
-    zero_stage: int,
-    plain: tuple[list[float], dict[str, torch.Tensor]],
-    tmp_path: Path,
-) -> None:
-    expected_losses, expected = plain
-    options = {"steps": STEPS, "engine": {"zero_stage": zero_stage}}
-    run_ranks(world_size, "fit_worker.py", str(tmp_path), json.dumps(options))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss/total"] for line in lines]
+def run_and_compare(folder: Path, world_size: int, stage: int, size: int) -> list[dict[str, int]]:
+    """Train on real ranks, compare with the plain loop, and return what every rank held."""
+    expected_losses, expected = plain_training(size)
+    options = {"steps": STEPS, "engine": {"zero_stage": stage}, "batch_size": size}
+    run_ranks(world_size, "fit_worker.py", str(folder), json.dumps(options), timeout_s=400)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss/total"] for line in lines if "loss/total" in line]
     assert losses == pytest.approx(expected_losses, rel=1e-5)
-    state = read_state(checkpoints_of(tmp_path / "checkpoints")[-1])
+    state = read_state(checkpoints_of(folder / "checkpoints")[-1])
     for name, value in expected.items():
         torch.testing.assert_close(state[name]["master"], value, rtol=1e-5, atol=1e-5)
+    held = [folder / f"held-{rank}.json" for rank in range(world_size)]
+    return [json.loads(path.read_text()) for path in held]
+
+
+def check_partition(held: list[dict[str, int]], stage: int) -> None:
+    """The ends are cut by tokens and latents, the middle's state as the stage promises."""
+    model = Decoder(MODEL, SUBJECTS, E, (T, D), seed=3)
+    size, latents = len(held), MODEL.latent_dim
+    middle = sum(p.numel() for p in model.middle.parameters())
+    of_token, of_latent = D * (latents + 1), sum(SUBJECTS.values()) + len(SUBJECTS)
+    for rank, found in enumerate(held):
+        ends = of_token * len(chunk_of(T, rank, size)) + of_latent * len(
+            chunk_of(latents, rank, size)
+        )
+        assert found["ends"] == found["ends_moments"] == ends
+        # A few elements of padding per group or parameter.
+        share = middle / size + 600 if stage else middle
+        assert found["middle_moments"] <= share
+        assert found["middle"] <= (share if stage == 3 else middle)
+    assert sum(found["ends"] for found in held) == sum(p.numel() for p in model.ends.parameters())
+
+
+FEW = [(1, 2), (2, 0), (2, 2), (2, 3), (4, 1)]
+MANY = [(n, stage) for n in (1, 2, 4) for stage in range(4) if (n, stage) not in FEW]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage"),
+    [*FEW, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MANY)],
+)
+def test_losses_and_parameters_equal_a_plain_loop(
+    world_size: int, zero_stage: int, tmp_path: Path
+) -> None:
+    held = run_and_compare(tmp_path, world_size, zero_stage, GLOBAL_BATCH)
+    check_partition(held, zero_stage)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage", "size"),
+    [
+        # An empty rank; and seven samples on three ranks, where neither batch nor tokens divide.
+        (2, 2, 1),
+        *(pytest.param(3, stage, 7, marks=pytest.mark.slow) for stage in range(4)),
+        *(pytest.param(4, stage, 3, marks=pytest.mark.slow) for stage in range(4)),
+    ],
+)
+def test_any_composition_of_a_batch(
+    world_size: int, zero_stage: int, size: int, tmp_path: Path
+) -> None:
+    held = run_and_compare(tmp_path, world_size, zero_stage, size)
+    check_partition(held, zero_stage)

@@ -93,7 +93,7 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
 
 def test_logs_print_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     stream = io.StringIO()
-    with Logs(tmp_path, LogConfig(tensorboard=False), 9, 0, stream=stream, label="lr 1: ") as logs:
+    with Logs(tmp_path, LogConfig(trackers=()), 9, 0, stream=stream, label="lr 1: ") as logs:
         logs.write(3, {"loss/total": 0.25, "lr": 1e-3})
     assert stream.getvalue() == "lr 1: step 3/9 total 0.25 lr 0.001\n"
     with Logs(tmp_path, LogConfig(), 9, 3, active=False) as silent:
