@@ -73,7 +73,7 @@ def test_array_of_adaptations_and_one_chained_report(place: Workplace, reference
     adapt = {
         "run": "x", "base": str(reference), "subject": "beta/held", "sessions": 3,
         "data": {"shards": "shards", "batch_size": 4}, "optim": {"steps": 3},
-        "lrs": [1e-2], "log": {"tensorboard": False}, "engine": {"device": "cpu"},
+        "lrs": [1e-2], "log": {"trackers": []}, "engine": {"device": "cpu"},
     }  # fmt: skip
     (place.folder / "adapt.yaml").write_text(yaml.safe_dump(adapt))
     chain = {
