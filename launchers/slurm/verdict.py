@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_decoder.errors import DistDecoderError, StoppedError
+from dist_decoder.errors import DistDecoderError, NonFiniteError, OutOfMemory, StoppedError
 from launchers.slurm.node import EXIT_FENCED, EXIT_PORT_TAKEN, NodeReport, RankExit
 from launchers.slurm.task import Task
+
+_FINAL = (DistDecoderError.exit_code, NonFiniteError.exit_code, OutOfMemory.exit_code)
 
 Outcome = Literal["done", "again", "failed"]
 
@@ -75,6 +77,6 @@ def _is_final(failed: Sequence[RankExit], task: Task) -> bool:
     if not failed:
         return False
     code = failed[0].code
-    if code == DistDecoderError.exit_code:
+    if code in _FINAL:
         return True
     return code == 1 and task.run is None

@@ -23,12 +23,12 @@ def test_two_nodes_equal_two_local_ranks(place: Workplace, reference: Path) -> N
     assert_same_run(place.folder / "run", reference)
 
 
-def test_a_queued_job_does_not_see_edits_and_cancelling_it_leaves_nothing(
+def test_cancelled_jobs_stay_cancelled_and_a_second_one_is_refused(
     place: Workplace,
 ) -> None:
     # More nodes than are free: the first job holds two of three.
-    first = place.submit("launch.nodes=2")
-    pending = place.submit("launch.nodes=2", "run=other")
+    first = place.submit("launch.nodes=2", "launch.exclusive=true")
+    pending = place.submit("launch.nodes=2", "launch.exclusive=true", "run=other")
     refused = place.launch("slurm", "train.yaml", "--site", "site.yaml", "launch.nodes=2", code=2)
     assert f"job {first}, which is still pending or running" in refused
     assert place.status("other")[0]["state"] == "PENDING"
@@ -73,7 +73,7 @@ def test_array_of_adaptations_and_one_chained_report(place: Workplace, reference
     adapt = {
         "run": "x", "base": str(reference), "subject": "beta/held", "sessions": 3,
         "data": {"shards": "shards", "batch_size": 4}, "optim": {"steps": 3},
-        "lrs": [1e-2], "log": {"tensorboard": False}, "engine": {"device": "cpu"},
+        "lrs": [1e-2], "log": {"trackers": []}, "engine": {"device": "cpu"},
     }  # fmt: skip
     (place.folder / "adapt.yaml").write_text(yaml.safe_dump(adapt))
     chain = {

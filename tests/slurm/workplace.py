@@ -32,7 +32,7 @@ TRAIN: dict[str, Any] = {
     "optim": {"steps": STEPS, "ema_decay": 0.9},
     "engine": {"zero_stage": 2, "device": "cpu"},
     "checkpoint": {"every_steps": EVERY},
-    "log": {"every_steps": 1, "tensorboard": False},
+    "log": {"every_steps": 1, "trackers": []},
 }
 SITE: dict[str, Any] = {
     "launch": {
