@@ -51,10 +51,10 @@ WORLD = (
     "fabricate.god.subjects=[1]",
     "synthesise.images_per_subject=0",
 )
-JOINT = ("optim.steps=300", "log.tensorboard=false", "checkpoint.every_steps=100")
+JOINT = ("optim.steps=300", "log.trackers=[]", "checkpoint.every_steps=100")
 MIN_IMAGES = 100
 """Of a class over the three source subjects; images also carry one of 70 rare, random classes."""
-COMMON = ("data.batch_size=64", "optim.steps=100", "optim.warmup_steps=20", "log.tensorboard=false")
+COMMON = ("data.batch_size=64", "optim.steps=100", "optim.warmup_steps=20", "log.trackers=[]")
 ADAPTERS = (*COMMON, "lrs=[2.0e-4, 1.0e-3, 4.0e-3]", "optim.ridge_lr_scale=0.1")
 EVERY_WEIGHT = (*COMMON, "lrs=[1.0e-5, 5.0e-5, 2.0e-4]", "optim.ridge_lr_scale=0.1")
 OVERRIDES: dict[str, tuple[str, ...]] = {
