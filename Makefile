@@ -30,7 +30,8 @@ LAUNCH := $(PYTHON) -m launchers local
 # One thread a process: two ranks share two cores, and sums come out in the same order anywhere.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo miyawaki2008 test lint format bench clean
+.PHONY: help setup demo miyawaki2008 test test-slow test-object-store object-store lint format bench \
+  clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 12
@@ -94,8 +95,17 @@ miyawaki2008: $(INSTALLED)  ## the same path on measured fMRI: five figures, lea
 	$(DECODER) report configs/report/miyawaki2008.yaml
 	@echo "report: runs/miyawaki2008/report/report.html"
 
-test: lint  ## lint, then every test that this machine can run
-	$(PYTHON) -m pytest
+test: lint  ## lint, then the tests; those that take long have targets of their own
+	$(PYTHON) -m pytest -m "not slow and not s3 and not slurm"
+
+test-slow: $(INSTALLED)  ## the long proofs: many kills, every ZeRO stage and world size (an hour or so)
+	$(PYTHON) -m pytest -m "slow and not s3 and not slurm"
+
+object-store:  ## install a real S3 server (Ceph's radosgw; Debian, root) for the next target
+	sh tests/object_store/install.sh
+
+test-object-store: $(INSTALLED)  ## loader and shard writer against that server, with planted faults
+	$(PYTHON) -m pytest -m s3
 
 lint: $(INSTALLED)  ## ruff (rules and format) and mypy
 	$(PYTHON) -m ruff check .
@@ -106,8 +116,11 @@ format: $(INSTALLED)  ## let ruff mend what it can
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: $(INSTALLED)  ## run every benchmark; figures go to stdout
-	for benchmark in benchmarks/*.py; do PYTHONPATH=. $(PYTHON) "$$benchmark"; done
+# benchmarks/adaptation_recipes.py and prior_against_shuffled.py take folders: their --help says which.
+BENCHMARKS := $(filter-out benchmarks/adaptation_recipes.py benchmarks/prior_against_shuffled.py, \
+  $(wildcard benchmarks/*.py))
+bench: $(INSTALLED)  ## run the benchmarks; figures go to stdout
+	for benchmark in $(BENCHMARKS); do PYTHONPATH=. $(PYTHON) "$$benchmark"; done
 
 clean:  ## remove caches and what `make demo` wrote; .venv stays
 	rm -rf data/demo data/demo-seed* runs/demo runs/demo-seed* build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,35 +1,58 @@
-"""Throughput of the loader beside plain WebDataset over the same tars, in one run.
+"""Throughput of the loader beside plain WebDataset and a raw read of the same tars, in one run.
 
-    python benchmarks/loader.py demo
-    python benchmarks/loader.py tokens --workers 2
+    python benchmarks/loader.py tokens --cases warm-1,warm-2,cold-2
+    python benchmarks/loader.py tokens --cases s3-2
+    python benchmarks/loader.py pooled --cases warm-1,cache-2,memory
 
-``demo`` is the size of `make demo`; ``tokens`` has 256 x 1664 half-precision targets (0.85 MB per
-sample) and does not fit the loader's memory, so that every sample is read from its tar. Both
-decode to standardised float32 targets; the loader also looks for values that are not finite and
-puts batches together. WebDataset reads sequentially and is credited with every row of a
-sample; the loader reads in its shuffled order.
+``tokens`` has 256 x 1664 half-precision targets (0.88 MB per sample), ``pooled`` pooled targets
+and 15,000 voxels (33 kB), ``demo`` is the size of `make demo`. The case says what is read and by
+how many reader threads; ``s3`` starts Ceph's object gateway (see tests/object_store) and compares
+with WebDataset over `pipe:curl` and with the bare client. It is `data-tools bench`, see there.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tempfile
-import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-import webdataset
 
 from data_tools.tar_shard import Sample, write_shard
-from dist_decoder.config.train import SourcesConfig
-from dist_decoder.data.loader import Loader
+from dist_decoder.config.base import load_config
+from dist_decoder.config.loader import BenchConfig
+from dist_decoder.data.bench import bench
 from dist_decoder.formats import EncoderEntry, Manifest, SourceEntry, SplitEntry, SubjectEntry
 from dist_decoder.manifest import encode_npy, encode_npz, write_manifest
-from dist_decoder.storage import LocalStorage, sha256_bytes
+from dist_decoder.storage import LocalStorage, open_location, sha256_bytes
+
+# The server is that of the tests.
+_TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(_TESTS / "object_store")]
+
+from gateway import Gateway, create_bucket  # noqa: E402
+
+CASES = {
+    "warm-1": ["data.workers=0"],
+    "warm-2": ["data.workers=2"],
+    "warm-2-processes": ["data.workers=2", "data.worker_kind=processes"],
+    "cold-2": ["data.workers=2", "bench.cold=true"],
+    "cold-4": ["data.workers=4", "bench.cold=true"],
+    "cache-1": ["data.workers=0"],
+    "cache-2": ["data.workers=2"],
+    "memory": ["data.workers=0", "data.cache_mb=8000", "bench.warm_up_steps=80"],
+    "s3-2": ["data.workers=2"],
+    "s3-4": ["data.workers=4"],
+}
 
 
 @dataclass(frozen=True)
@@ -42,15 +65,17 @@ class Profile:
     images: int
     images_per_shard: int
     pooled_dim: int
-    token_shape: tuple[int, int]
+    token_shape: tuple[int, int] | None
     batch_size: int
-    cache_mb: float
 
 
 PROFILES = {
-    "demo": Profile(4, 500, 3, 2048, 256, 64, (8, 32), 126, 512),
-    "tokens": Profile(1, 15000, 1, 512, 64, 1280, (256, 1664), 32, 64),
+    "demo": Profile(4, 500, 3, 2048, 256, 64, (8, 32), 126),
+    "pooled": Profile(1, 15000, 1, 8192, 512, 1280, None, 126),
+    "tokens": Profile(1, 15000, 1, 1536, 64, 1280, (256, 1664), 32),
 }
+_DISTINCT = 16
+"""Arrays of random numbers; more would take long to draw and read no differently."""
 
 
 def write_profile(path: Path, profile: Profile) -> None:
@@ -59,13 +84,18 @@ def write_profile(path: Path, profile: Profile) -> None:
     storage = LocalStorage(path)
     names = [f"subj{number:02d}" for number in range(1, profile.subjects + 1)]
 
-    def numbers(*shape: int) -> bytes:
+    @cache
+    def numbers(_: int, *shape: int) -> bytes:
         return encode_npy(rng.standard_normal(shape, np.float32).astype(np.float16))
 
     def sample(image: int) -> Sample:
-        voxels = [(f"{n}.voxels.npy", numbers(profile.rows, profile.num_voxels)) for n in names]
-        targets = [("pooled.npy", numbers(profile.pooled_dim)),
-                   ("tokens.npy", numbers(*profile.token_shape))]  # fmt: skip
+        one = image % _DISTINCT
+        voxels = [
+            (f"{n}.voxels.npy", numbers(one, profile.rows, profile.num_voxels)) for n in names
+        ]
+        targets = [("pooled.npy", numbers(one, profile.pooled_dim))]
+        if profile.token_shape is not None:
+            targets.append(("tokens.npy", numbers(one, *profile.token_shape)))
         sessions = dict.fromkeys(names, (1,) * profile.rows)
         return Sample(f"{image:06d}", f"made:{image}", (*targets, *voxels), sessions)
 
@@ -77,14 +107,14 @@ def write_profile(path: Path, profile: Profile) -> None:
         )
         for first in range(0, profile.images, profile.images_per_shard)
     )
-    targets = encode_npz(
-        {
-            "pooled_mean_E": np.zeros(profile.pooled_dim, np.float32),
-            "pooled_scale": np.array(1, np.float32),
-            "tokens_mean_TD": np.zeros(profile.token_shape, np.float32),
-            "tokens_scale": np.array(1, np.float32),
-        }
-    )
+    statistics = {
+        "pooled_mean_E": np.zeros(profile.pooled_dim, np.float32),
+        "pooled_scale": np.array(1, np.float32),
+    }
+    if profile.token_shape is not None:
+        statistics["tokens_mean_TD"] = np.zeros(profile.token_shape, np.float32)
+        statistics["tokens_scale"] = np.array(1, np.float32)
+    targets = encode_npz(statistics)
     storage.write("targets.npz", targets)
     subject = SubjectEntry(num_voxels=profile.num_voxels, mask_fingerprint="", unit="z",
                            normalise="none", statistics="")  # fmt: skip
@@ -109,65 +139,71 @@ def write_profile(path: Path, profile: Profile) -> None:
     write_manifest(storage, manifest)
 
 
-def loader_rows_per_s(path: Path, profile: Profile, workers: int, seconds: float) -> float:
-    """Return rows per second once one epoch of everything has been read."""
-    config = SourcesConfig(
-        shards=str(path),
-        batch_size=profile.batch_size,
-        workers=workers,
-        cache_mb=profile.cache_mb,
-    )
-    with Loader(config, seed=0) as loader:
-        rows = profile.images * profile.rows * profile.subjects
-        for _ in range(rows // profile.batch_size):
-            next(loader)
-        started, count = time.perf_counter(), 0
-        while time.perf_counter() - started < seconds:
-            count += next(loader).size
-        return count / (time.perf_counter() - started)
+def settings(shards: str, profile: Profile, case: str) -> list[str]:
+    """Return the overrides of one case."""
+    return [
+        "run=none",
+        "optim.steps=1",
+        f"data.shards={shards}",
+        f"data.batch_size={profile.batch_size}",
+        "data.cache_mb=0",
+        *CASES[case],
+    ]
 
 
-def webdataset_rows_per_s(path: Path, profile: Profile, seconds: float) -> float:
-    """Return rows per second of the plain client, the tars being in the page cache."""
-    tars = [str(tar) for tar in sorted(path.glob("*.tar"))]
-    mean_TD, mean_E = torch.zeros(profile.token_shape), torch.zeros(profile.pooled_dim)
-    started, count = time.perf_counter(), 0
-    while True:
-        for sample in webdataset.WebDataset(tars, shardshuffle=False).decode():
-            torch.from_numpy(sample["tokens.npy"]).float().sub_(mean_TD).div_(1.0)
-            torch.from_numpy(sample["pooled.npy"]).float().sub_(mean_E).div_(1.0)
-            for name, value in sample.items():
-                if name.endswith("voxels.npy"):
-                    count += len(torch.from_numpy(value).float())
-            if time.perf_counter() - started > seconds:
-                return count / (time.perf_counter() - started)
+def measure(shards: str, profile: Profile, cases: Sequence[str], bench_options: list[str],
+            cache_folder: Path) -> dict[str, Any]:  # fmt: skip
+    """Return the figures of some cases, one after the other, each with its own comparison."""
+    found = {}
+    for case in cases:
+        overrides = [*settings(shards, profile, case), *bench_options]
+        if case.startswith("cache"):
+            overrides.append(f"data.cache={{folder: {cache_folder}, max_gb: 20}}")
+        found[case] = bench(load_config(BenchConfig, None, overrides))
+    return found
+
+
+@contextmanager
+def on_a_real_server(path: Path) -> Iterator[str]:
+    """Yield the URL of the shards on Ceph's gateway, started for this run."""
+    # Short: sockets live in it.
+    with tempfile.TemporaryDirectory(prefix="gw") as folder:
+        server = Gateway(Path(folder) / "g")
+        try:
+            server.start()
+            os.environ |= server.environment()
+            create_bucket(server.environment(), "shards")
+            storage = open_location("s3://shards/loader")
+            for file in sorted(path.iterdir()):
+                storage.write(file.name, file.read_bytes())
+            yield "s3://shards/loader"
+        finally:
+            server.stop()
 
 
 def main(
-    profile: Annotated[str, typer.Argument(help="demo or tokens")] = "demo",
-    workers: Annotated[int, typer.Option(help="reader threads")] = 0,
+    profile: Annotated[str, typer.Argument(help="demo, pooled or tokens")] = "demo",
+    cases: Annotated[str, typer.Option(help="comma-separated")] = "warm-1,warm-2,cold-2",
     seconds: Annotated[float, typer.Option(help="length of each measurement")] = 3.0,
+    rounds: Annotated[int, typer.Option(help="rounds of each case")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="where shards are written")] = None,
 ) -> None:
-    """Print rows per second of both as JSON."""
+    """Print the figures of all cases as JSON."""
     torch.set_num_threads(1)
     sizes = PROFILES[profile]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
+    options = [f"bench.seconds={seconds}", f"bench.rounds={rounds}"]
+    chosen = cases.split(",")
+    local = [case for case in chosen if not case.startswith("s3")]
+    remote = [case for case in chosen if case.startswith("s3")]
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        path = Path(temporary, "shards")
+        path.mkdir()
         write_profile(path, sizes)
-        ours = loader_rows_per_s(path, sizes, workers, seconds)
-        plain = webdataset_rows_per_s(path, sizes, seconds)
-    values = sizes.pooled_dim + sizes.token_shape[0] * sizes.token_shape[1] + sizes.num_voxels
-    bytes_per_row = 2 * values
-    result = {
-        "profile": profile,
-        **asdict(sizes),
-        "workers": workers,
-        "loader_rows_per_s": round(ours, 1),
-        "loader_mb_per_s": round(ours * bytes_per_row / 1e6, 1),
-        "webdataset_rows_per_s": round(plain, 1),
-        "ratio": round(ours / plain, 2),
-    }
-    typer.echo(json.dumps(result, indent=2))
+        found = measure(str(path), sizes, local, options, Path(temporary, "cache"))
+        if remote:
+            with on_a_real_server(path) as url:
+                found |= measure(url, sizes, remote, options, Path(temporary, "cache"))
+    typer.echo(json.dumps({"profile": profile, **asdict(sizes), "cases": found}, indent=2))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dist_decoder.config.data import DataConfig
 from dist_decoder.errors import DistDecoderError
 from dist_decoder.formats import MANIFEST_NAME
 from dist_decoder.manifest import read_index, read_manifest
-from dist_decoder.storage import open_location, sha256_bytes
+from dist_decoder.storage import Storage, open_location, sha256_bytes
 
 
 def check_outputs(config: DataConfig) -> list[CheckRow]:
@@ -23,9 +23,10 @@ def check_outputs(config: DataConfig) -> list[CheckRow]:
         rows.append(_split(config))
         if config.split.near_duplicate_bits is not None:
             rows.append(_near_duplicates(config, config.split.near_duplicate_bits))
-    if (config.shards / MANIFEST_NAME).is_file():
+    storage = open_location(config.shards_location, config.storage)
+    if storage.exists(MANIFEST_NAME):
         try:
-            rows += list(_shards(config))
+            rows += list(_shards(storage))
         except DistDecoderError as error:
             rows.append(CheckRow("shards", "", "manifest", "differs", str(error)))
     return rows
@@ -61,8 +62,7 @@ def _near_duplicates(config: DataConfig, max_bits: int) -> CheckRow:
     return CheckRow("store", "", fact, "ok", f"{len(hashes)} pictures compared")
 
 
-def _shards(config: DataConfig) -> Iterator[CheckRow]:
-    storage = open_location(config.shards)
+def _shards(storage: Storage) -> Iterator[CheckRow]:
     manifest = read_manifest(storage)
     for source in manifest.sources:
         problem = ""

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from dist_decoder.config.commandline import add_verb, make_app, run_app
 from dist_decoder.config.data import DataConfig
+from dist_decoder.config.loader import BenchConfig, SimulateConfig
 
 app = make_app("data-tools", "Turn raw fMRI datasets into one store and into training shards.")
 
@@ -74,7 +75,7 @@ add_verb(
     "An interrupted call goes on where it stopped. Example:\n\n"
     "data-tools embed my_lab.yaml embed.model=ViT-B-32 embed.pretrained=laion2b_s34b_b79k",
     render=_lazily("data_tools.embed:describe_embed"),
-    sections=("output", "datasets", "embed"),
+    sections=("output", "datasets", "embed", "derived_url", "storage"),
 )
 add_verb(
     app,
@@ -86,7 +87,17 @@ add_verb(
     "Example:\n\n"
     "data-tools synthesise configs/data/demo.yaml",
     render=_lazily("data_tools.synthesise:describe_synthesise"),
-    sections=("output", "seed", "datasets", "split", "embed", "synthesise", "shard"),
+    sections=(
+        "output",
+        "seed",
+        "datasets",
+        "split",
+        "embed",
+        "synthesise",
+        "shard",
+        "derived_url",
+        "storage",
+    ),
 )
 add_verb(
     app,
@@ -96,11 +107,13 @@ add_verb(
     "Normalise, pack tars with an index, and write the manifest.\n\n"
     "Needs split and embed, and synthesise if synthesise.images_per_subject is above 0. "
     "Example:\n\n"
-    "data-tools shard configs/data/demo.yaml shard.normalise=run shards_name=by-run",
+    "data-tools shard configs/data/demo.yaml shard.normalise=run shards_name=by-run\n\n"
+    "data-tools shard my_lab.yaml shards_url=s3://bucket/shards shard.part=slurm",
     render=_lazily("data_tools.shard:describe_shard"),
     flags={"--public": "shard.public=true"},
     sections=(
         "output", "seed", "datasets", "split", "embed", "synthesise", "shard", "shards_name",
+        "shards_url", "derived_url", "storage",
     ),
 )  # fmt: skip
 add_verb(
@@ -113,7 +126,7 @@ add_verb(
     "data-tools check my_lab.yaml check.betas=first",
     render=_lazily("data_tools.check:describe_check"),
     failed=_check_failed,
-    sections=("output", "datasets", "check", "shards_name"),
+    sections=("output", "datasets", "check", "shards_name", "shards_url", "storage"),
 )
 add_verb(
     app,
@@ -126,6 +139,30 @@ add_verb(
     "data-tools qc configs/data/demo.yaml",
     render=_lazily("data_tools.qc:describe_qc"),
     sections=("output", "datasets"),
+)
+
+# Both measure the library's own loader: its code is named here and imported when called.
+add_verb(
+    app,
+    "bench",
+    BenchConfig,
+    "dist_decoder.data.bench:bench",
+    "Measure the loader of a training configuration.\n\n"
+    "Beside plain WebDataset and a raw sequential read, in one run. Example:\n\n"
+    "data-tools bench configs/train/demo.yaml data.workers=2 bench.cold=true",
+    render=_lazily("dist_decoder.data.bench:describe_bench"),
+    sections=("data", "seed", "rank", "world_size", "bench"),
+)
+add_verb(
+    app,
+    "simulate-order",
+    SimulateConfig,
+    "dist_decoder.data.simulate:simulate_order",
+    "Print what a rank of a training run would read.\n\n"
+    "From manifest and indexes alone; no shard is opened. Example:\n\n"
+    "data-tools simulate-order configs/train/demo.yaml rank=1 world_size=4 steps=100..102",
+    render=_lazily("dist_decoder.data.simulate:describe_order"),
+    sections=("data", "seed", "rank", "world_size", "steps"),
 )
 
 

@@ -5,20 +5,20 @@ Axes: B images of a batch, M images of a unit, E pooled width, T tokens, D token
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.embedding_store import EmbeddingWriter, Source, embeddings_path
+from data_tools.embedding_store import EmbeddingWriter, Source, embeddings_location
+from data_tools.share import Share, held, own_share, run_workers
 from data_tools.store import Store
 from dist_decoder.config.data import DataConfig
 from dist_decoder.config.progress import Progress, progress
 from dist_decoder.encoders import Encoder, ImageEncoder, LabelEncoder, open_encoder
 from dist_decoder.encoders.vae import VaeEncoder
 from dist_decoder.errors import DataError
-from dist_decoder.storage import exclusive
 
 
 def embed(config: DataConfig) -> dict[str, Any]:
@@ -29,55 +29,99 @@ def embed(config: DataConfig) -> dict[str, Any]:
     files are the same as without the interruption.
 
     Returns:
-        Encoder id, widths, number of images, and how many of them this call embedded; the same
-        of the VAE below ``low_level``, if the configuration names one.
+        Encoder id, widths, number of images, how many of them this call embedded, and how many
+        other parts (``embed.part``) still have to embed; the same of the VAE below
+        ``low_level``, if the configuration names one.
 
     Raises:
         DataError: a dataset without images under an image encoder, a stimulus without category
             under label embeddings, or a value that is not finite.
         ConfigError: the encoder does not exist.
     """
-    store = Store(config.store)
-    datasets = store.require([dataset.dataset for dataset in config.datasets])
-    result = _embed_by(open_encoder(config.embed), store, datasets, config.embed.batch_size)
+    result = _embed_by(open_encoder(config.embed), config, _embed_share)
     if config.low_level is not None:
-        vae = VaeEncoder(config.low_level)
-        result["low_level"] = _embed_by(vae, store, datasets, config.low_level.batch_size)
+        result["low_level"] = _embed_by(VaeEncoder(config.low_level), config, _latent_share)
     return result
 
 
 def _embed_by(
-    encoder: Encoder, store: Store, datasets: Sequence[str], batch_size: int
+    encoder: Encoder, config: DataConfig, work: Callable[[DataConfig, Share], int]
 ) -> dict[str, Any]:
+    """Embed by one encoder; ``work`` does a share of it in another process."""
+    store = Store(config.store)
+    datasets = store.require([dataset.dataset for dataset in config.datasets])
     sources = _sources(store, datasets, encoder)
-    with exclusive(embeddings_path(store.path, encoder.id), "embed"):
-        writer = EmbeddingWriter(store.path, encoder, sources)
-        start = writer.done
+    share = own_share(config.embed.part, "embed.part")
+    storage = embeddings_location(config.derived, encoder.id, config.storage)
+    embedded, missing = 0, 0
+    with held(storage, share, "embed"):
+        writer = EmbeddingWriter(storage, encoder, sources, share)
         if not writer.complete:
             writer.begin()
-            with progress(f"embed {encoder.id}", len(writer.sources) - start) as counter:
-                while unit := writer.next_unit():
-                    writer.write_unit(*_encode(store, encoder, unit, batch_size, counter))
-            writer.finish()
+            if config.embed.workers > 1:
+                embedded = run_workers(work, config, share.divided(config.embed.workers))
+                writer.refresh()
+            embedded += _embed_units(store, encoder, writer, config, share)
+            writer.refresh()
+            missing = sum(map(len, writer.missing()))
+            if not missing:
+                writer.finish()
     return {
         "encoder": encoder.id,
         "pooled_dim": encoder.pooled_dim,
         "token_shape": encoder.token_shape,
         "images": len(writer.sources),
-        "embedded_now": len(writer.sources) - start,
-        "path": str(writer.path),
+        "embedded_now": embedded,
+        "missing": missing,
+        "path": storage.describe(),
     }
+
+
+def _embed_share(config: DataConfig, share: Share) -> int:
+    """Embed a share of the images and return their number; runs in a process of its own."""
+    return _share_by(open_encoder(config.embed), config, share)
+
+
+def _latent_share(config: DataConfig, share: Share) -> int:
+    """As ``_embed_share``, for the VAE."""
+    assert config.low_level is not None
+    return _share_by(VaeEncoder(config.low_level), config, share)
+
+
+def _share_by(encoder: Encoder, config: DataConfig, share: Share) -> int:
+    store = Store(config.store)
+    datasets = store.require([dataset.dataset for dataset in config.datasets])
+    storage = embeddings_location(config.derived, encoder.id, config.storage)
+    writer = EmbeddingWriter(storage, encoder, _sources(store, datasets, encoder), share)
+    writer.begin()
+    return _embed_units(store, encoder, writer, config, share)
+
+
+def _embed_units(
+    store: Store, encoder: Encoder, writer: EmbeddingWriter, config: DataConfig, share: Share
+) -> int:
+    units = writer.missing(share)
+    rows = sum(map(len, units))
+    with progress(f"embed {encoder.id}", rows) as counter:
+        for unit in units:
+            pooled_ME, tokens_MTD = _encode(
+                store, encoder, writer.unit_sources(unit), config, counter
+            )
+            writer.write_unit(unit, pooled_ME, tokens_MTD)
+    return rows
 
 
 def describe_embed(result: dict[str, Any]) -> str:
     """Return what was embedded and where it is, for people."""
     shape = result["token_shape"]
     tokens = f", tokens {' x '.join(str(size) for size in shape)}" if shape else ", no tokens"
-    kept = result["images"] - result["embedded_now"]
+    missing = result.get("missing", 0)
     more = f"\n{describe_embed(result['low_level'])}" if "low_level" in result else ""
+    kept = result["images"] - result["embedded_now"] - missing
     return (
         f"encoder {result['encoder']}: pooled {result['pooled_dim']}{tokens}\n"
-        f"  {result['images']} images: {result['embedded_now']} embedded now, {kept} kept\n"
+        f"  {result['images']} images: {result['embedded_now']} embedded now, {kept} kept"
+        f"{f', {missing} are of other parts and missing' if missing else ''}\n"
         f"  {result['path']}{more}"
     )
 
@@ -107,9 +151,11 @@ def _sources(store: Store, datasets: Sequence[str], encoder: Encoder) -> list[So
 
 
 def _encode(
-    store: Store, encoder: Encoder, unit: Sequence[Source], batch_size: int, counter: Progress
+    store: Store, encoder: Encoder, unit: Sequence[Source], config: DataConfig, counter: Progress
 ) -> tuple[NDArray[np.float32], NDArray[np.float16] | None]:
     """Return (pooled_ME, tokens_MTD) of one unit, batch by batch."""
+    section = config.low_level if isinstance(encoder, VaeEncoder) else None
+    batch_size = (section or config.embed).batch_size
     pooled_ME = np.empty((len(unit), encoder.pooled_dim), dtype=np.float32)
     shape = encoder.token_shape
     tokens_MTD = None if shape is None else np.empty((len(unit), *shape), dtype=np.float16)

@@ -3,7 +3,7 @@
     <store>/embeddings/<encoder id>.zarr/pooled     (M, E) float32
     <store>/embeddings/<encoder id>.zarr/tokens     (M, T, D) float16, from encoders with tokens
     <store>/embeddings/<encoder id>.zarr/uids.json  the M uids and the encoder; written last
-    <store>/embeddings/<encoder id>.zarr/progress.json   only while something is missing
+    <store>/embeddings/<encoder id>.zarr/unfinished/*.json   only while something is missing
 
 Rows are appended: images of a dataset that is ingested later leave the others alone.
 
@@ -22,11 +22,20 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from data_tools.zarr_arrays import write_group
+from data_tools.share import PARTS, Share, part_files, remove_parts
+from data_tools.zarr_arrays import put_group, zarr_store
 from dist_decoder.config.base import fingerprint
+from dist_decoder.config.secrets import without_secrets
+from dist_decoder.config.storage import StorageConfig
 from dist_decoder.encoders.protocol import Encoder
 from dist_decoder.errors import DataError, FormatError
-from dist_decoder.storage import atomic_write_json, explained
+from dist_decoder.storage import (
+    Storage,
+    explained,
+    join_location,
+    json_bytes,
+    open_location,
+)
 
 FORMAT = "dist-decoder-embeddings"
 VERSION = 1
@@ -49,8 +58,8 @@ class Source:
 class EmbeddingStore:
     """Reads complete embeddings. Made by ``open``."""
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, header: dict[str, Any]) -> None:
+        self.storage = storage
         encoder = header["encoder"]
         self.encoder_id: str = encoder["id"]
         self.kind: str = encoder["kind"]
@@ -63,20 +72,28 @@ class EmbeddingStore:
         self._row = {uid: row for row, uid in enumerate(self.uids)}
 
     @classmethod
-    def open(cls, store_path: str | Path, encoder_id: str) -> EmbeddingStore:
+    def open(
+        cls, place: str | Path, encoder_id: str, policy: StorageConfig | None = None
+    ) -> EmbeddingStore:
         """Return the embeddings of an encoder.
+
+        Args:
+            place: the store, or the folder or URL that ``embed`` wrote to.
+            encoder_id: of the encoder.
+            policy: of requests to an object store.
 
         Raises:
             FormatError: they are missing, incomplete, or of another version.
         """
-        path = embeddings_path(store_path, encoder_id)
-        header = read_header(path)
+        storage = embeddings_location(place, encoder_id, policy)
+        header = read_header(storage)
         if header is None:
-            state = "incomplete" if (path / "progress.json").is_file() else "missing"
+            state = "incomplete" if part_files(storage) else "missing"
             raise FormatError(
-                f"embeddings of {encoder_id} are {state} in {path}; run `data-tools embed`"
+                f"embeddings of {encoder_id} are {state} in {storage.describe()}; run `data-tools"
+                " embed`"
             )
-        return cls(path, header)
+        return cls(storage, header)
 
     def __contains__(self, image_uid: str) -> bool:
         return image_uid in self._row
@@ -107,107 +124,141 @@ class EmbeddingStore:
                 f"{missing[0]!r}; run `data-tools embed`"
             )
         rows, inverse = np.unique([self._row[uid] for uid in uids], return_inverse=True)
+        where = f"{self.storage.describe()}/{name}"
         try:
-            array = zarr.open_array(str(self.path / name), mode="r", zarr_format=3)
+            array = zarr.open_array(zarr_store(self.storage, name), mode="r", zarr_format=3)
             if not len(rows):
                 return np.empty((0, *array.shape[1:]), dtype=array.dtype)
             values = np.asarray(array.oindex[rows])
         except Exception as error:  # each layer of zarr raises its own types
-            raise FormatError(f"{self.path / name} cannot be read ({error}): {_REMEDY}") from error
+            reason = without_secrets(str(error).partition("\n")[0])
+            raise FormatError(f"{where} cannot be read ({reason}): {_REMEDY}") from None
         # zarr answers with the fill value, NaN, for a file that is missing.
         if not np.isfinite(values).all():
-            raise FormatError(f"{self.path / name} lacks rows: a file is missing: {_REMEDY}")
+            raise FormatError(f"{where} lacks rows: a file is missing: {_REMEDY}")
         return values[inverse]
 
 
 class EmbeddingWriter:
-    """Appends rows in units that are complete on disk before the next one is begun.
+    """Writes rows in units that are complete before the next one is begun.
+
+    Units are the files of the arrays, so that several processes can write at once.
 
     Args:
-        store_path: folder of the store.
+        storage: the place of the embeddings (``embeddings_location``).
         encoder: whose output is written.
         sources: all rows that the result must hold, at least those it holds already.
+        share: of the process that writes.
     """
 
-    def __init__(self, store_path: Path, encoder: Encoder, sources: Sequence[Source]) -> None:
-        self.path = embeddings_path(store_path, encoder.id)
+    def __init__(
+        self,
+        storage: Storage,
+        encoder: Encoder,
+        sources: Sequence[Source],
+        share: Share = Share(),
+    ) -> None:
+        self.storage = storage
         self._encoder = encoder
         self._row_shapes: dict[str, tuple[tuple[int, ...], str]] = {
             "pooled": ((encoder.pooled_dim,), "float32")
         }
         if encoder.token_shape is not None:
             self._row_shapes["tokens"] = (encoder.token_shape, "float16")
-        self._held = read_header(self.path)
+        self._held = read_header(storage)
         held = [Source(*row) for row in self._held["sources"]] if self._held else []
         known = {source.image_uid for source in held}
         self.sources = (*held, *(row for row in sources if row.image_uid not in known))
+        self.held_rows = len(held)
         self._plan = fingerprint([_as_row(source) for source in self.sources])
-        self.done = self._resume_row(len(held))
+        self._share = share
+        self._progress = f"{PARTS}/{share}.json"
+        self._own: set[int] = set()
+        self._others: set[int] = set()
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self.refresh()
 
     @property
     def complete(self) -> bool:
         """Whether nothing is to do."""
         return self._held is not None and len(self._held["sources"]) == len(self.sources)
 
+    def refresh(self) -> None:
+        """Read what all parts have finished by now."""
+        for name in part_files(self.storage):
+            where = f"{self.storage.describe()}/{name}"
+            try:
+                state = json.loads(self.storage.read(name))
+                plan, done = state["plan"], {int(start) for start in state["done"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise FormatError(f"{where} is damaged ({error}): {_REMEDY}") from error
+            # Of another plan (a dataset was ingested in between): begin after what is complete.
+            if plan == self._plan and name == self._progress:
+                self._own |= done
+            elif plan == self._plan:
+                self._others |= done
+
     def unit_rows(self) -> int:
         """Return the rows of a file: a power of two, so that it does not hang on a batch size."""
         fitting = [_rows_in(_UNIT_BYTES, *row) for row in self._row_shapes.values()]
         return int(np.clip(min(fitting), 8, 4096))
 
-    def _resume_row(self, held_rows: int) -> int:
-        progress = self.path / "progress.json"
-        if not progress.is_file():
-            return held_rows
-        try:
-            state = json.loads(progress.read_bytes())
-            # Of another plan (a dataset was ingested in between): begin after what is complete.
-            return int(state["done"]) if state["plan"] == self._plan else held_rows
-        except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{progress} is damaged ({error}): {_REMEDY}") from error
+    def missing(self, share: Share = Share()) -> list[range]:
+        """Return the units of a share that nobody has finished. Units end where files end."""
+        rows, size = len(self.sources), self.unit_rows()
+        units = [
+            range(max(number * size, self.held_rows), min((number + 1) * size, rows))
+            for number in range(self.held_rows // size, -(-rows // size))
+            if share.has(number)
+        ]
+        return [unit for unit in units if unit and unit.start not in self._own | self._others]
 
     def begin(self) -> None:
         """Make the arrays, or widen them to the new number of rows."""
-        with explained(self.path, "written"):
-            write_group(self.path)
+        with explained(self.storage.describe(), "written"):
+            put_group(self.storage)
             self._save_progress()
             for name, (shape, dtype) in self._row_shapes.items():
-                path = self.path / name
-                rows = len(self.sources)
-                if (path / "zarr.json").is_file():
-                    array = zarr.open_array(str(path), mode="r+", zarr_format=3)
-                    array.resize((rows, *shape))
-                else:
-                    array = zarr.create_array(
-                        store=str(path),
-                        shape=(rows, *shape),
-                        dtype=dtype,
-                        chunks=(
-                            min(_rows_in(_CHUNK_BYTES, shape, dtype), self.unit_rows()),
-                            *shape,
-                        ),
-                        shards=(self.unit_rows(), *shape),
-                        compressors=[zarr.codecs.Crc32cCodec()],
-                        fill_value=np.nan,
-                        zarr_format=3,
-                    )
-                self._arrays[name] = array
+                self._arrays[name] = self._open(name, shape, dtype)
 
-    def next_unit(self) -> tuple[Source, ...]:
-        """Return the rows to write next; empty at the end. Units end where files end."""
-        stop = (self.done // self.unit_rows() + 1) * self.unit_rows()
-        return self.sources[self.done : stop]
+    def _open(self, name: str, shape: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
+        rows, place = len(self.sources), zarr_store(self.storage, name)
+        if not self.storage.exists(f"{name}/zarr.json"):
+            try:
+                return zarr.create_array(
+                    store=place,
+                    shape=(rows, *shape),
+                    dtype=dtype,
+                    chunks=(min(_rows_in(_CHUNK_BYTES, shape, dtype), self.unit_rows()), *shape),
+                    shards=(self.unit_rows(), *shape),
+                    compressors=[zarr.codecs.Crc32cCodec()],
+                    fill_value=np.nan,
+                    zarr_format=3,
+                )
+            except zarr.errors.ContainsArrayError:
+                # Another part was quicker; it made the same array.
+                place = zarr_store(self.storage, name)
+        array = zarr.open_array(place, mode="r+", zarr_format=3)
+        if array.shape[0] != rows:
+            array.resize((rows, *shape))
+        return array
+
+    def unit_sources(self, unit: range) -> tuple[Source, ...]:
+        """Return the rows of a unit."""
+        return self.sources[unit.start : unit.stop]
 
     def write_unit(
-        self, pooled_ME: NDArray[np.float32], tokens_MTD: NDArray[np.float16] | None
+        self,
+        unit: range,
+        pooled_ME: NDArray[np.float32],
+        tokens_MTD: NDArray[np.float16] | None,
     ) -> None:
-        """Write the rows of ``next_unit``.
+        """Write the rows of a unit of ``missing``.
 
         Raises:
             DataError: a value is not finite (float16 ends at 65,504).
             StorageError: the disk is full.
         """
-        unit = self.next_unit()
         values = {"pooled": pooled_ME, "tokens": tokens_MTD}
         for name, (shape, _) in self._row_shapes.items():
             rows = values[name]
@@ -216,17 +267,17 @@ class EmbeddingWriter:
                 raise DataError(f"{name} have shape {found}, expected {(len(unit), *shape)}")
             finite = np.isfinite(rows).reshape(len(unit), -1).all(axis=1)
             if not finite.all():
-                source = unit[int(np.argmin(finite))]
+                source = self.sources[unit.start + int(np.argmin(finite))]
                 raise DataError(
                     f"the {name} of {source.dataset}, stimulus {source.stimulus_id!r} are not "
                     "finite numbers; check the picture and the weights of the encoder"
                 )
-            with explained(self.path / name, "written"):
-                self._arrays[name][self.done : self.done + len(unit)] = rows
-        self.done += len(unit)
+            with explained(f"{self.storage.describe()}/{name}", "written"):
+                self._arrays[name][unit.start : unit.stop] = rows
+        self._own.add(unit.start)
         self._save_progress()
 
-    def finish(self) -> EmbeddingStore:
+    def finish(self) -> None:
         """Write ``uids.json``, which makes the embeddings complete."""
         encoder = self._encoder
         header = {
@@ -241,30 +292,33 @@ class EmbeddingWriter:
             },
             "sources": [_as_row(source) for source in self.sources],
         }
-        atomic_write_json(self.path / "uids.json", header)
-        (self.path / "progress.json").unlink(missing_ok=True)
-        return EmbeddingStore(self.path, header)
+        self.storage.write("uids.json", json_bytes(header))
+        remove_parts(self.storage)
 
     def _save_progress(self) -> None:
-        atomic_write_json(self.path / "progress.json", {"done": self.done, "plan": self._plan})
+        self.storage.write(
+            self._progress, json_bytes({"done": sorted(self._own), "plan": self._plan})
+        )
 
 
-def embeddings_path(store_path: str | Path, encoder_id: str) -> Path:
-    """Return the folder of one encoder's embeddings."""
-    return Path(store_path) / "embeddings" / f"{encoder_id}.zarr"
+def embeddings_location(
+    place: str | Path, encoder_id: str, policy: StorageConfig | None = None
+) -> Storage:
+    """Return the location of one encoder's embeddings below a store, folder or URL."""
+    return open_location(join_location(place, "embeddings", f"{encoder_id}.zarr"), policy)
 
 
-def read_header(path: Path) -> dict[str, Any] | None:
+def read_header(storage: Storage) -> dict[str, Any] | None:
     """Return ``uids.json``, or None if nothing is complete.
 
     Raises:
         FormatError: it is damaged or of another version.
     """
-    file = path / "uids.json"
-    if not file.is_file():
+    if not storage.exists("uids.json"):
         return None
+    file = f"{storage.describe()}/uids.json"
     try:
-        header = json.loads(file.read_bytes())
+        header = json.loads(storage.read("uids.json"))
         found = header["format"], header["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{file} is damaged ({error}): {_REMEDY}") from error

@@ -23,6 +23,7 @@ from dist_decoder.errors import DataError, SplitError
 from dist_decoder.formats import LATENT_SHAPE, RowInfo, SampleInfo, SplitName
 from dist_decoder.manifest import document_bytes, encode_npy
 from dist_decoder.rng import key64
+from dist_decoder.token_dtypes import encode_tokens
 
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test", "imagery")
 
@@ -117,7 +118,7 @@ def synthetic_sources(store: Store, split: Split, dataset: str, config: DataConf
     for subject in store.subjects(dataset):
         if split.is_holdout(dataset, subject):
             continue
-        synthetic = read_synthetic(store.path, dataset, subject)
+        synthetic = read_synthetic(config.derived, dataset, subject, config.storage)
         for row, (uid, origin) in enumerate(zip(synthetic.uids, synthetic.provenance, strict=True)):
             info = RowInfo(session=0, run=0, trial=-1, provenance=origin)
             voxels_RV = synthetic.responses_nV[row : row + 1].astype(dtype)
@@ -175,7 +176,8 @@ def source_samples(
         # against the tokens they are small.
         members = [("json", document_bytes(info)), ("pooled.npy", encode_npy(pooled_ME[number]))]
         if tokens_MTD is not None:
-            members.append(("tokens.npy", encode_npy(tokens_MTD[number].astype(dtype))))
+            stored = encode_tokens(tokens_MTD[number], dtype)
+            members += [(name, encode_npy(array)) for name, array in stored.items()]
         if latents_MF is not None:
             latent_CHW = latents_MF[number].reshape(LATENT_SHAPE).astype(np.float16)
             members.append(("latent.npy", encode_npy(latent_CHW)))

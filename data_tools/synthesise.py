@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from data_tools.embedding_store import EmbeddingStore
 from data_tools.normalise import fit_statistics
+from data_tools.share import Share, held, own_share, run_workers
 from data_tools.split_policies import synset_of, synsets_of_tests
 from data_tools.splits import Split, read_split
 from data_tools.store import Store
@@ -37,7 +38,10 @@ from dist_decoder.encoders import open_encoder
 from dist_decoder.errors import DataError
 from dist_decoder.rng import numpy_generator
 from dist_decoder.stats.ridge import RidgeFit, fit_ridge_cv, held_out_residuals
-from dist_decoder.storage import exclusive, sha256_bytes
+from dist_decoder.storage import join_location, open_location, sha256_bytes
+
+Pools = dict[tuple[str, str], list[str]]
+"""(dataset, subject) -> uids of its augmentation images."""
 
 __all__ = [
     "Synthetic",
@@ -52,7 +56,8 @@ __all__ = [
 def synthesise(config: DataConfig) -> dict[str, object]:
     """Write synthetic responses for every subject that is not held out.
 
-    Subjects that are finished with the same inputs are left alone. All subjects of a dataset take
+    Subjects that are finished with the same inputs are left alone; ``synthesise.part`` leaves
+    those of other parts alone too, and there is nothing to merge. All subjects of a dataset take
     the augmentation images in one common random order, so that an image tends to get responses
     of every subject that has not seen it.
 
@@ -67,24 +72,54 @@ def synthesise(config: DataConfig) -> dict[str, object]:
         return {"subjects": {}, "note": "synthesise.images_per_subject is 0: nothing to do"}
     store = Store(config.store)
     split = read_split(store, config)
-    embeddings = EmbeddingStore.open(store.path, open_encoder(config.embed).id)
-    pools = {
-        (dataset, subject): augmentation_images(store, split, dataset, subject, config)
-        for dataset in split.images
-        for subject in store.subjects(dataset)
-        if not split.is_holdout(dataset, subject)
-    }
+    embeddings = EmbeddingStore.open(config.derived, open_encoder(config.embed).id, config.storage)
+    pools = _pools(store, split, config)
     if not any(pools.values()):
         raise DataError(
             f"synthesise.pool={config.synthesise.pool}: no subject has an image to add; every "
             "training image was seen by all subjects, or there is no other dataset"
         )
+    share = own_share(config.synthesise.part, "synthesise.part")
+    root = open_location(join_location(config.derived, "synthetic"), config.storage)
+    with held(root, share, "synthesise"):
+        if config.synthesise.workers > 1:
+            shares = share.divided(config.synthesise.workers)
+            run_workers(_synthesise_share, config, shares)
+        results = _synthesise_pools(store, split, embeddings, pools, config, share)
+    return {"subjects": results}
+
+
+def _synthesise_share(config: DataConfig, share: Share) -> int:
+    """Do a share of the subjects and return their number; runs in a process of its own."""
+    store = Store(config.store)
+    split = read_split(store, config)
+    embeddings = EmbeddingStore.open(config.derived, open_encoder(config.embed).id, config.storage)
+    pools = _pools(store, split, config)
+    return len(_synthesise_pools(store, split, embeddings, pools, config, share))
+
+
+def _pools(store: Store, split: Split, config: DataConfig) -> Pools:
+    return {
+        (dataset, subject): augmentation_images(store, split, dataset, subject, config)
+        for dataset in split.images
+        for subject in store.subjects(dataset)
+        if not split.is_holdout(dataset, subject)
+    }
+
+
+def _synthesise_pools(
+    store: Store,
+    split: Split,
+    embeddings: EmbeddingStore,
+    pools: Pools,
+    config: DataConfig,
+    share: Share,
+) -> dict[str, object]:
     results: dict[str, object] = {}
-    with (
-        exclusive(store.path / "synthetic", "synthesise"),
-        progress("synthesise", len(pools)) as counter,
-    ):
-        for (dataset, subject), uids in pools.items():
+    with progress("synthesise", sum(map(share.has, range(len(pools))))) as counter:
+        for number, ((dataset, subject), uids) in enumerate(pools.items()):
+            if not share.has(number):
+                continue
             place = f"{dataset}/{subject}"
             try:
                 made = _synthesise_subject(
@@ -95,7 +130,7 @@ def synthesise(config: DataConfig) -> dict[str, object]:
                 raise
             results[place] = {"rows": len(uids), **made}
             counter.advance()
-    return {"subjects": results}
+    return results
 
 
 def describe_synthesise(result: dict[str, Any]) -> str:
@@ -147,7 +182,7 @@ def is_current(
 
     Rows of an encoding model that was fitted under another split may have seen test rows.
     """
-    header = read_header(store.path, *place)
+    header = read_header(config.derived, *place, config.storage)
     uids = augmentation_images(store, split, *place, config)
     return header is not None and header["inputs"] == _inputs(
         store, split, embeddings, place, uids, config
@@ -179,7 +214,7 @@ def _synthesise_subject(
     config: DataConfig,
 ) -> dict[str, object]:
     inputs = _inputs(store, split, embeddings, place, uids, config)
-    header = read_header(store.path, *place)
+    header = read_header(config.derived, *place, config.storage)
     if header is None or header["inputs"] != inputs:
         header = _compute(store, split, embeddings, place, uids, config, inputs)
     return {"cv_r2": header["ridge"]["cv_r2"], "residual_std": header["ridge"]["residual_std"]}
@@ -227,13 +262,14 @@ def _compute(
         "seed": config.seed,
     }
     return write_synthetic(
-        store.path,
+        config.derived,
         *place,
         responses_nV,
         fit.residual_std_Q.astype(np.float32),
         [{**provenance, "source_image": uid} for uid in uids],
         ridge,
         inputs,
+        config.storage,
     )
 
 
@@ -293,7 +329,7 @@ def _inputs(
         [
             VERSION,
             config.seed,
-            config.synthesise.model_dump(mode="json"),
+            config.synthesise.model_dump(mode="json", exclude={"workers", "part"}),
             [config.shard.normalise, config.shard.fallback],
             split.fingerprint,
             embeddings.encoder_id,

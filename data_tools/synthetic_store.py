@@ -18,9 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.zarr_arrays import read_array, write_array, write_group
+from data_tools.zarr_arrays import get_array, put_array, put_group
+from dist_decoder.config.storage import StorageConfig
 from dist_decoder.errors import FormatError
-from dist_decoder.storage import atomic_folder, atomic_write_json, sha256_bytes
+from dist_decoder.storage import (
+    LocalStorage,
+    Storage,
+    atomic_folder,
+    join_location,
+    json_bytes,
+    open_location,
+    sha256_bytes,
+)
 
 FORMAT = "dist-decoder-synthetic"
 VERSION = 1
@@ -41,30 +50,36 @@ class Synthetic:
     """Penalties, held-out R^2, numbers of rows and images behind the encoding model."""
 
 
-def read_synthetic(store_path: str | Path, dataset: str, subject: str) -> Synthetic:
+def read_synthetic(
+    place: str | Path, dataset: str, subject: str, policy: StorageConfig | None = None
+) -> Synthetic:
     """Return the synthetic responses of one subject; no rows where its pool was empty.
 
     Raises:
         FormatError: they are missing, damaged or of another version.
     """
-    header = read_header(store_path, dataset, subject)
-    path, file = _places(store_path, dataset, subject)
+    header = read_header(place, dataset, subject, policy)
+    storage = _location(place, dataset, policy)
     if header is None:
-        raise FormatError(f"{file} does not exist; run `data-tools synthesise`")
-    responses_nV, attributes = read_array(path / "responses")
+        raise FormatError(
+            f"{storage.describe()}/{subject}.json does not exist; run `data-tools synthesise`"
+        )
+    responses_nV, attributes = get_array(storage, f"{subject}.zarr/responses")
     if attributes["sha256"] != header["responses_sha256"]:
-        raise FormatError(f"{path} and {file} are not of one run; {_REMEDY}")
+        raise FormatError(
+            f"{storage.describe()}: {subject}.zarr and {subject}.json are not of one run; {_REMEDY}"
+        )
     return Synthetic(
         uids=tuple(row["source_image"] for row in header["rows"]),
         responses_nV=responses_nV,
-        residual_std_V=read_array(path / "residual_std")[0],
+        residual_std_V=get_array(storage, f"{subject}.zarr/residual_std")[0],
         provenance=tuple(header["rows"]),
         ridge=header["ridge"],
     )
 
 
 def write_synthetic(
-    store_path: str | Path,
+    place: str | Path,
     dataset: str,
     subject: str,
     responses_nV: NDArray[np.float32],
@@ -72,15 +87,18 @@ def write_synthetic(
     rows: Sequence[dict[str, str | int | float]],
     ridge: dict[str, Any],
     inputs: str,
+    policy: StorageConfig | None = None,
 ) -> dict[str, Any]:
     """Write the responses of one subject, the header last, and return the header.
 
     Args:
+        place: folder or URL that holds ``synthetic``; the store, unless it is named.
         rows: provenance of each row; ``source_image`` is its uid.
         ridge: what is known of the encoding model.
         inputs: fingerprint of everything that the responses depend on.
+        policy: of requests to an object store.
     """
-    path, file = _places(store_path, dataset, subject)
+    storage = _location(place, dataset, policy)
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -89,31 +107,45 @@ def write_synthetic(
         "ridge": ridge,
         "rows": list(rows),
     }
-    file.unlink(missing_ok=True)
-    with atomic_folder(path, replace=True) as partial:
-        write_array(partial / "responses", responses_nV)
-        write_array(partial / "residual_std", residual_std_V)
-        write_group(partial)
-    atomic_write_json(file, header)
+    storage.remove(f"{subject}.json")
+    if storage.path is not None:
+        with atomic_folder(storage.path / f"{subject}.zarr", replace=True) as partial:
+            _write_arrays(LocalStorage(partial.parent), partial.name, responses_nV, residual_std_V)
+    else:
+        _write_arrays(storage, f"{subject}.zarr", responses_nV, residual_std_V)
+    storage.write(f"{subject}.json", json_bytes(header))
     return header
 
 
-def _places(store_path: str | Path, dataset: str, subject: str) -> tuple[Path, Path]:
-    folder = Path(store_path) / "synthetic" / dataset
-    return folder / f"{subject}.zarr", folder / f"{subject}.json"
+def _write_arrays(
+    storage: Storage,
+    name: str,
+    responses_nV: NDArray[np.float32],
+    residual_std_V: NDArray[np.float32],
+) -> None:
+    put_array(storage, f"{name}/responses", responses_nV)
+    put_array(storage, f"{name}/residual_std", residual_std_V)
+    put_group(storage, name=name)
 
 
-def read_header(store_path: str | Path, dataset: str, subject: str) -> dict[str, Any] | None:
+def _location(place: str | Path, dataset: str, policy: StorageConfig | None) -> Storage:
+    return open_location(join_location(place, "synthetic", dataset), policy)
+
+
+def read_header(
+    place: str | Path, dataset: str, subject: str, policy: StorageConfig | None = None
+) -> dict[str, Any] | None:
     """Return the header of one subject, or None if it is not finished.
 
     Raises:
         FormatError: it is damaged or of another version.
     """
-    file = _places(store_path, dataset, subject)[1]
-    if not file.is_file():
+    storage = _location(place, dataset, policy)
+    file = f"{storage.describe()}/{subject}.json"
+    if not storage.exists(f"{subject}.json"):
         return None
     try:
-        header = json.loads(file.read_bytes())
+        header = json.loads(storage.read(f"{subject}.json"))
         found = header["format"], header["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{file} is damaged ({error}); {_REMEDY}") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import IO
 from dist_decoder.errors import DataError
 from dist_decoder.formats import IndexSample, ShardEntry, ShardIndex
 from dist_decoder.manifest import document_bytes, index_name
-from dist_decoder.storage import atomic_file, atomic_write_bytes, sha256_bytes
+from dist_decoder.storage import LocalStorage, Storage, sha256_bytes
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,21 @@ class Sample:
     """Per subject name the session of each row."""
 
 
-def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardEntry:
+def write_shard(place: Path | Storage, name: str, samples: Iterable[Sample]) -> ShardEntry:
     """Write ``name`` and its index; each appears complete or not at all, the index last.
 
     Args:
-        folder: the shard folder.
-        name: of the tar, relative to the folder.
+        place: the shard folder, or the location.
+        name: of the tar, relative to the place.
         samples: taken one after the other, so that only one is in memory.
 
     Raises:
         DataError: a key or extension cannot be a tar member.
-        StorageError: the disk is full or the folder is not writable.
+        StorageError: the disk is full or the place is not writable.
     """
+    storage = LocalStorage(place) if isinstance(place, Path) else place
     indexed = []
-    with atomic_file(folder / name) as file:
+    with storage.create(name) as file:
         output = _HashedOutput(file)
         for sample in samples:
             members = {
@@ -56,13 +58,14 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardEntr
                     image_uid=sample.image_uid,
                     members=members,
                     sessions=sample.sessions,
+                    crc32={extension: zlib.crc32(data) for extension, data in sample.members},
                 )
             )
         # A tar ends in two empty blocks and is a whole number of records long.
         end = 2 * tarfile.BLOCKSIZE
         output.write(bytes(end + -(output.size + end) % tarfile.RECORDSIZE))
     index = document_bytes(ShardIndex(tar=name, tar_bytes=output.size, samples=tuple(indexed)))
-    atomic_write_bytes(folder / index_name(name), index)
+    storage.write(index_name(name), index)
     return ShardEntry(
         name=name,
         num_samples=len(indexed),

@@ -13,6 +13,14 @@ from numpy.typing import NDArray
 
 from data_tools.embedding_store import EmbeddingStore
 from dist_decoder.errors import DataError
+from dist_decoder.formats import TokensEntry
+from dist_decoder.token_dtypes import (
+    TOKENS,
+    TOKENS_SCALE,
+    TokenDtype,
+    decode_tokens,
+    encode_tokens,
+)
 
 _BATCH_BYTES = 1 << 26
 """Float64 targets in memory at a time."""
@@ -51,14 +59,43 @@ def target_statistics(embeddings: EmbeddingStore, uids: Sequence[str]) -> dict[s
     return arrays
 
 
+def token_error(
+    embeddings: EmbeddingStore, uids: Sequence[str], dtype: TokenDtype
+) -> TokensEntry | None:
+    """Return what storing the tokens of some images as ``dtype`` costs; None without tokens.
+
+    Args:
+        embeddings: raw embeddings.
+        uids: training images, as for ``target_statistics``.
+        dtype: in which the tokens are stored.
+    """
+    if embeddings.token_shape is None:
+        return None
+    mean_TD, scale = _moments(embeddings, "tokens", uids)
+    largest, squares = 0.0, 0.0
+    for batch in _batches(embeddings, "tokens", uids):
+        tokens_MTD = embeddings.tokens(batch)
+        stored = encode_tokens(tokens_MTD, dtype)
+        decoded_MTD = decode_tokens(stored[TOKENS], stored.get(TOKENS_SCALE))
+        error_MTD = decoded_MTD.astype(np.float64) - tokens_MTD
+        largest = max(largest, float(np.abs(error_MTD).max()))
+        squares += float((error_MTD**2).sum())
+    rms = float(np.sqrt(squares / (len(uids) * mean_TD.size)))
+    return TokensEntry(dtype=dtype, max_abs_error=largest, relative_error=rms / scale)
+
+
+def _batches(embeddings: EmbeddingStore, name: str, uids: Sequence[str]) -> list[Sequence[str]]:
+    width = embeddings.pooled_dim if name == "pooled" else np.prod(embeddings.token_shape or ())
+    size = max(_BATCH_BYTES // (8 * int(width)), 1)
+    return [uids[start : start + size] for start in range(0, len(uids), size)]
+
+
 def _moments(
     embeddings: EmbeddingStore, name: str, uids: Sequence[str]
 ) -> tuple[NDArray[np.float64], float]:
     """Two passes: one pass loses the variance of targets whose mean is large."""
     read = embeddings.pooled if name == "pooled" else embeddings.tokens
-    width = embeddings.pooled_dim if name == "pooled" else np.prod(embeddings.token_shape or ())
-    size = max(_BATCH_BYTES // (8 * int(width)), 1)
-    batches = [uids[start : start + size] for start in range(0, len(uids), size)]
+    batches = _batches(embeddings, name, uids)
     total = sum(read(batch).astype(np.float64).sum(axis=0) for batch in batches)
     mean = np.asarray(total) / len(uids)
     squares = sum(float(((read(batch) - mean) ** 2).sum()) for batch in batches)

@@ -91,7 +91,7 @@ def _open(config: AdaptConfig, held: ExitStack) -> dict[str, Any] | None:
 def _try_rates(
     config: AdaptConfig, world: World, expectation: Expectation | None
 ) -> dict[str, Any]:
-    storage = open_location(config.data.shards)
+    storage = open_location(config.data.shards, config.data.storage)
     manifest = read_manifest(storage)
     base = read_meta(run_on_first(lambda: find_checkpoint(config.base), world))
     targets = check_fits(config, base, manifest, read_targets(storage, manifest))
@@ -194,6 +194,7 @@ def _job(
             allow_holdout=True,
             targets=needed,
             standardise_by=targets,
+            pinned=world.device.type == "cuda",
         )
 
     return Job(

@@ -48,10 +48,10 @@ class Batch:
         return len(self.subjects)
 
     def to(self, device: torch.device) -> Batch:
-        """Move the tensors."""
+        """Move the tensors; targets that travelled as bfloat16 are widened on the device."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+            return None if tensor is None else tensor.to(device, non_blocking=True).float()
 
         return replace(
             self,

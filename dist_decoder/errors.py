@@ -4,6 +4,9 @@ A message says what is wrong, where (dataset, subject, session, shard, key) and 
 Code on the way up adds the place with ``exc.add_note(...)``.
 """
 
+FAILURE_FILE_VARIABLE = "DIST_DECODER_FAILURE_FILE"
+"""Environment variable by which a launcher learns which rank failed first."""
+
 
 class DistDecoderError(Exception):
     """Base of all errors raised on purpose. Commands print it without a traceback."""

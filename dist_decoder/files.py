@@ -65,7 +65,7 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def _open_locked(partial: Path, path: Path) -> IO[bytes]:
@@ -91,7 +91,8 @@ def _is_same_file(file: IO[bytes], path: Path) -> bool:
         return False
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush the names of a folder to disk, so that a rename survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -156,7 +157,7 @@ def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -165,11 +166,11 @@ def _sync_tree(root: Path) -> None:
         for name in names:
             with Path(folder, name).open("rb") as file:
                 os.fsync(file.fileno())
-        _sync_folder(Path(folder))
+        sync_folder(Path(folder))
 
 
 @contextmanager
-def exclusive(folder: str | Path, action: str) -> Iterator[None]:
+def exclusive(folder: str | Path, action: str, shared: bool = False) -> Iterator[None]:
     """Hold a lock on a folder, so that two commands do not write it at once.
 
     The empty file ``.lock`` stays in the folder; the lock itself ends with the process.
@@ -177,6 +178,7 @@ def exclusive(folder: str | Path, action: str) -> Iterator[None]:
     Args:
         folder: made if it does not exist.
         action: what holds the lock, for the message of the other process.
+        shared: others may hold it too if they share it, which keeps those out that do not.
 
     Raises:
         StorageError: another process holds the lock.
@@ -187,7 +189,7 @@ def exclusive(folder: str | Path, action: str) -> Iterator[None]:
         file = (folder / ".lock").open("ab")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StorageError(
                 f"{folder} is in use: another process works on it; {action} cannot start"

@@ -6,7 +6,8 @@ one source:
 
     <key>.json                  image_uid, dataset, split, categories, provenance (see SampleInfo)
     <key>.pooled.npy            (E,) raw pooled embedding of the frozen encoder
-    <key>.tokens.npy            (T, D) raw tokens of the frozen encoder
+    <key>.tokens.npy            (T, D) raw tokens of the frozen encoder; see ``TokensEntry``
+    <key>.tokens_scale.npy      (T,) float32, with int8 tokens only
     <key>.latent.npy            (4, 28, 28) VAE latents, if the shards were made with low_level
     <key>.<subject>.voxels.npy  (R, V) normalised responses, one row per visit
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dist_decoder.config.base import Section
+from dist_decoder.token_dtypes import TokenDtype
 
 MANIFEST_NAME = "manifest.json"
 TARGETS_NAME = "targets.npz"
@@ -67,6 +69,8 @@ class IndexSample(Section):
     """Extension -> (offset of the data in the tar, size), bytes."""
     sessions: dict[str, tuple[int, ...]]
     """Per subject name the session of each row, so that order and limits need no tar."""
+    crc32: dict[str, int] = {}
+    """Extension -> CRC-32 (zlib) of the data; indexes of earlier versions have none."""
 
 
 class ShardIndex(Section):
@@ -116,8 +120,8 @@ class SubjectEntry(Section):
     """Sessions or runs without training rows, normalised by the named fallback."""
     statistics: str
     """File with ``unit_U`` (names), ``mean_UV``, ``std_UV``, ``subject_mean_V``,
-    ``subject_std_V`` (from training rows unless ``normalise`` is leaky), relative to
-    the manifest."""
+    ``subject_std_V`` (from training rows unless ``normalise`` is leaky) and, beside synthetic
+    rows, ``residual_std_V`` of their encoding model; relative to the manifest."""
     holdout: bool = False
     """True: joint training and statistics must not use this subject."""
     train_sessions: int | None = None
@@ -132,6 +136,17 @@ class EncoderEntry(Section):
     pooled_dim: int
     token_shape: tuple[int, int] | None
     """(T, D), or None without tokens."""
+
+
+class TokensEntry(Section):
+    """How the tokens are stored, and what that costs."""
+
+    dtype: TokenDtype
+    """bfloat16: its bits as uint16. int8: to be multiplied by ``tokens_scale.npy``, per token."""
+    max_abs_error: float
+    """Over the training images, against the encoder's float32 tokens."""
+    relative_error: float
+    """Root mean square of the error over that of the tokens' deviation from their mean."""
 
 
 class SplitEntry(Section):
@@ -152,6 +167,8 @@ class Manifest(Section):
     format: Literal["dist-decoder-shards"] = "dist-decoder-shards"
     version: Literal[1] = 1
     encoder: EncoderEntry
+    tokens: TokensEntry | None = None
+    """None: no tokens, or floats as their ``.npy`` says (folders of earlier versions)."""
     split: SplitEntry
     subjects: dict[str, SubjectEntry]
     sources: tuple[SourceEntry, ...]

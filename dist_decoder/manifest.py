@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from dist_decoder.config.base import Section, fingerprint
-from dist_decoder.errors import FormatError
+from dist_decoder.errors import FormatError, StorageError
 from dist_decoder.formats import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -26,6 +26,7 @@ from dist_decoder.formats import (
     ShardIndex,
 )
 from dist_decoder.storage import Storage, json_bytes, sha256_bytes
+from dist_decoder.tar_index import built_index, check_index
 
 DocumentT = TypeVar("DocumentT", bound=Section)
 
@@ -43,12 +44,16 @@ def read_manifest(storage: Storage) -> Manifest:
             version.
     """
     where = f"{storage.describe()}/{MANIFEST_NAME}"
-    if not storage.exists(MANIFEST_NAME):
+    try:
+        data = storage.read(MANIFEST_NAME)
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
         raise FormatError(
             f"{where} does not exist: the folder holds no shards, or `data-tools shard` was"
             " interrupted; run it again"
-        )
-    return _parse(Manifest, storage.read(MANIFEST_NAME), where)
+        ) from error
+    return _parse(Manifest, data, where)
 
 
 def write_manifest(storage: Storage, manifest: Manifest) -> None:
@@ -77,14 +82,24 @@ def read_index(storage: Storage, shard: ShardEntry | str) -> ShardIndex:
         storage: the shard folder.
         shard: entry of the manifest; a bare tar name is looked up in the manifest.
 
+    A tar whose entry names no index, or beside which there is none, is read once instead (see
+    ``tar_index``).
+
     Raises:
-        FormatError: the index differs from what the manifest says.
-        StorageError: the index does not exist.
+        FormatError: the index differs from what the manifest says, or points outside of the tar.
+        StorageError: it cannot be read.
     """
     entry = shard if isinstance(shard, ShardEntry) else _entry_of(read_manifest(storage), shard)
     name = index_name(entry.name)
     where = f"{storage.describe()}/{name}"
-    data = storage.read(name)
+    try:
+        data = storage.read(name) if entry.index_sha256 else None
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        data = None
+    if data is None:
+        return built_index(storage, entry)
     if sha256_bytes(data) != entry.index_sha256:
         raise FormatError(f"{where}: sha256 is not that of the manifest; {_REMEDY}")
     index = _parse(ShardIndex, data, where)
@@ -93,6 +108,7 @@ def read_index(storage: Storage, shard: ShardEntry | str) -> ShardIndex:
             f"{where}: {len(index.samples)} samples and {index.tar_bytes} bytes, the manifest"
             f" says {entry.num_samples} and {entry.bytes}; {_REMEDY}"
         )
+    check_index(index, where)
     return index
 
 

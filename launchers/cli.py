@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
+from dist_decoder.config.base import Section
 from dist_decoder.config.commandline import VerbCommand, make_app, run_app, run_verb
-from dist_decoder.config.launch import LocalConfig
+from dist_decoder.config.launch import FolderConfig, LocalConfig, SlurmConfig
 from launchers.local import LaunchResult, launch_local
 from launchers.plan import plan_local
 
@@ -75,6 +77,122 @@ def local(
     )
 
 
+class SlurmCommand(LaunchCommand):
+    """``dist-launch slurm``."""
+
+    verb_schema = SlurmConfig
+
+
+@app.command("slurm", cls=SlurmCommand)
+def slurm(
+    ctx: typer.Context,
+    config: str | None = typer.Argument(
+        None,
+        metavar="CONFIG",
+        help="YAML file of this verb, of train or of adapt.",
+        show_default=False,
+    ),
+    overrides: list[str] | None = typer.Argument(
+        None, metavar="KEY.PATH=VALUE", help="Override keys of the file; last one wins."
+    ),
+    site: str | None = typer.Option(
+        None, "--site", help="YAML file whose keys count where CONFIG is silent."
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Print the sbatch text and the command of every rank."
+    ),
+    json_output: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+) -> None:
+    """Submit a run, an array or a chain of jobs to SLURM; they requeue themselves until done.
+
+    With a file of train or adapt, overrides that begin with `launch.` or `folder` are of this verb
+    and all others are of the run. Examples:
+
+    dist-launch slurm configs/train/demo.yaml --site site.yaml launch.nodes=2 seed=7
+
+    dist-launch slurm launch.nodes=2 folder=runs/doctor -- dist-decoder doctor
+    """  # fmt: skip
+    command: list[str] = ctx.obj
+
+    def launch(_: Any) -> Any:
+        from launchers.slurm.read_config import read_launch
+        from launchers.slurm.submit import preview, submit
+
+        values = read_launch(config, overrides or (), command, site)
+        return preview(values, command) if dry_run else submit(values, command)
+
+    _run_plain(launch, json_output, _render_slurm)
+
+
+_RUN = typer.Argument(..., metavar="RUN", help="Run folder, or the folder of a launch.")
+_JSON = typer.Option(False, "--json", help="Print the result as JSON.")
+
+
+@app.command("status")
+def status(run: str = _RUN, json_output: bool = _JSON) -> None:
+    """Say where the jobs of a launch are: state in SLURM, attempts, step, steps lost."""
+
+    def show(_: Any) -> Any:
+        from launchers.slurm.status import status_of
+
+        return status_of(FolderConfig(run=Path(run)).run)
+
+    def render(result: Any) -> str:
+        from launchers.slurm.status import render as text
+
+        return text(result)
+
+    _run_plain(show, json_output, render)
+
+
+@app.command("logs")
+def logs(
+    run: str = _RUN,
+    job: str | None = typer.Option(None, "--job", help="Name of the job; needed for chains."),
+    task: int = typer.Option(0, "--task", help="Task of an array."),
+    rank: int | None = typer.Option(None, "--rank", help="One rank; otherwise all, merged."),
+    attempt: int | None = typer.Option(None, "--attempt", help="Otherwise the newest."),
+    lines: int = typer.Option(0, "--lines", help="Last lines only; 0 shows all."),
+    follow: bool = typer.Option(False, "--follow", help="Go on until the attempt ends."),
+) -> None:
+    """Print the logs of a launch: one rank, or all ranks merged by time."""
+
+    def show(_: Any) -> Any:
+        from launchers.slurm.logs import show_logs
+
+        show_logs(Path(run), job, task, rank, attempt, lines, follow, sys.stdout)
+
+    _run_plain(show)
+
+
+@app.command("cancel")
+def cancel(run: str = _RUN, json_output: bool = _JSON) -> None:
+    """Cancel all jobs of a launch, pending or running; they do not come back."""
+
+    def end(_: Any) -> Any:
+        from launchers.slurm.status import cancel_launch
+
+        return cancel_launch(Path(run))
+
+    _run_plain(end, json_output)
+
+
+def _run_plain(function: Any, json_output: bool = False, render: Any = None) -> None:
+    """Run a verb that reads its configuration itself, with the errors of all verbs."""
+
+    class Nothing(Section):
+        pass
+
+    run_verb(Nothing, function, None, (), json_output, config_required=False, render=render)
+
+
+def _render_slurm(result: Any) -> str:
+    if isinstance(result, tuple):
+        return "\n".join(job.as_text() for job in result)
+    ids = ", ".join(f"{name} is job {job_id}" for name, job_id in result.job_ids.items())
+    return f"submitted: {ids}; see dist-launch status {result.folder}"
+
+
 def main() -> NoReturn:
     """Entry point of ``dist-launch``."""
     run_app(app)
@@ -89,5 +207,6 @@ def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
 
 def _render(result: Any) -> str:
     if isinstance(result, LaunchResult):
-        return f"{result.ranks} ranks finished; logs in {result.log_dir}"
+        where = f"; logs in {result.log_dir}" if result.log_dir is not None else ""
+        return f"{result.ranks} ranks finished{where}"
     return "\n".join(plan.as_shell() for plan in result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -12,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from dist_decoder.config.commandline import FAILURE_FILE_VARIABLE
 from dist_decoder.config.launch import LocalConfig
-from dist_decoder.errors import DistDecoderError, LaunchError, StoppedError
+from dist_decoder.errors import (
+    FAILURE_FILE_VARIABLE,
+    DistDecoderError,
+    LaunchError,
+    StoppedError,
+)
 from launchers.log_files import Follower, tail
 from launchers.plan import RankPlan, plan_local
 from launchers.supervise import Child, Exit, Outcome, supervise
@@ -25,8 +30,8 @@ class LaunchResult:
     """A launch in which every rank ended with exit code 0."""
 
     ranks: int
-    log_dir: Path
-    """Holds ``rank-0.log`` and so on."""
+    log_dir: Path | None
+    """Holds ``rank-0.log`` and so on; None if nobody asked to keep them."""
 
 
 def launch_local(
@@ -57,7 +62,9 @@ def launch_local(
     first = _first_failure(outcome.exits, failures)
     if first is not None:
         raise _explain(first, outcome, ranks[first.index], config)
-    return LaunchResult(config.ranks, log_dir)
+    if config.log_dir is None:
+        shutil.rmtree(log_dir)
+    return LaunchResult(config.ranks, config.log_dir)
 
 
 @dataclass(frozen=True)

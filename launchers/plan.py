@@ -70,11 +70,13 @@ def free_port() -> int:
 
 
 def _environment(config: LocalConfig, rank: int, port: int) -> dict[str, str]:
+    each = config.ranks // config.nodes
     env = {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank % each),
         "WORLD_SIZE": str(config.ranks),
-        "LOCAL_WORLD_SIZE": str(config.ranks),
+        "LOCAL_WORLD_SIZE": str(each),
+        "NODE_RANK": str(rank // each),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(config.threads),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import signal
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,6 +32,15 @@ _FORWARDED = {
     signal.SIGUSR2: signal.SIGUSR2,
 }
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Order(Enum):
+    """What ``look`` may ask for."""
+
+    STOP = "stop"
+    """SIGTERM now, SIGKILL after the grace."""
+    KILL = "kill"
+    """SIGKILL now."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,8 @@ class Exit:
     """Position in the list of children."""
     code: int
     """Exit code; 128 + n after signal n."""
+    time: float = 0.0
+    """Unix time."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +74,17 @@ class Outcome:
     """In the order of time."""
     stopped_by: signal.Signals | None
     """SIGINT or SIGTERM if we were asked to stop before any process had failed."""
+    signals: frozenset[signal.Signals] = frozenset()
+    """All that were forwarded."""
 
 
-def supervise(children: Sequence[Child], grace_s: float) -> Outcome:
+def supervise(
+    children: Sequence[Child],
+    grace_s: float,
+    look: Callable[[], Order | None] | None = None,
+    look_every_s: float = 1.0,
+    ended: Callable[[Exit], None] | None = None,
+) -> Outcome:
     """Run all children to their end; when one fails the others are stopped.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 are forwarded to the children themselves. After SIGINT,
@@ -71,10 +92,17 @@ def supervise(children: Sequence[Child], grace_s: float) -> Outcome:
     not wait. Each child leads its own session, and what is left of it when the child ends is
     killed. Call this in the main thread only.
 
+    Args:
+        children: what to start.
+        grace_s: seconds between SIGTERM and SIGKILL.
+        look: called about every ``look_every_s`` seconds; what it returns is done to all children.
+        look_every_s: see ``look``.
+        ended: called when a child has ended, before the others are stopped.
+
     Raises:
         LaunchError: a process could not be started; those already started were killed.
     """
-    supervisor = _Supervisor(grace_s)
+    supervisor = _Supervisor(grace_s, look, look_every_s, ended)
     with supervisor.signals_forwarded(), supervisor.guarded():
         try:
             for child in children:
@@ -85,14 +113,25 @@ def supervise(children: Sequence[Child], grace_s: float) -> Outcome:
 
 
 class _Supervisor:
-    def __init__(self, grace_s: float) -> None:
+    def __init__(
+        self,
+        grace_s: float,
+        look: Callable[[], Order | None] | None,
+        look_every_s: float,
+        ended: Callable[[Exit], None] | None,
+    ) -> None:
+        self._ended = ended
         self._grace_s = grace_s
+        self._look = look
+        self._look_every_s = look_every_s
+        self._look_at = time.monotonic() if look is not None else math.inf
         self._events: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._running: set[int] = set()
         self._guard: subprocess.Popen[bytes] | None = None
         self._kill_at: float | None = None
         self._stopped_by: signal.Signals | None = None
+        self._signals: set[signal.Signals] = set()
 
     @contextlib.contextmanager
     def signals_forwarded(self) -> Iterator[None]:
@@ -145,20 +184,38 @@ class _Supervisor:
     def wait(self) -> Outcome:
         exits: list[Exit] = []
         while self._running:
+            self._look_if_due()
             try:
                 kind, value = self._events.get(timeout=self._time_left())
             except queue.Empty:
-                self._kill_at = None
-                self._signal(signal.SIGKILL, group=True)
+                if self._kill_at is not None and time.monotonic() >= self._kill_at:
+                    self._kill_now()
                 continue
             if kind == "signal":
                 self._forward(signal.Signals(value))
                 continue
-            exits.append(Exit(value, self._reap(value)))
+            exits.append(Exit(value, self._reap(value), time.time()))
+            if self._ended is not None:
+                self._ended(exits[-1])
             if exits[-1].code != 0 and self._kill_at is None:
                 self._signal(signal.SIGTERM)
                 self._kill_at = time.monotonic() + self._grace_s
-        return Outcome(tuple(exits), self._stopped_by)
+        return Outcome(tuple(exits), self._stopped_by, frozenset(self._signals))
+
+    def _look_if_due(self) -> None:
+        if self._look is None or time.monotonic() < self._look_at:
+            return
+        order = self._look()
+        self._look_at = time.monotonic() + self._look_every_s
+        if order is Order.KILL:
+            self._kill_now()
+        elif order is Order.STOP and self._kill_at is None:
+            self._signal(signal.SIGTERM)
+            self._kill_at = time.monotonic() + self._grace_s
+
+    def _kill_now(self) -> None:
+        self._kill_at = None
+        self._signal(signal.SIGKILL, group=True)
 
     def kill(self) -> None:
         """Kill and reap what still runs."""
@@ -174,6 +231,7 @@ class _Supervisor:
 
     def _forward(self, number: signal.Signals) -> None:
         forwarded = _FORWARDED[number]
+        self._signals.add(number)
         if forwarded not in _STOPPING:
             self._signal(forwarded)
             return
@@ -211,4 +269,5 @@ class _Supervisor:
             self._guard.stdin.flush()
 
     def _time_left(self) -> float | None:
-        return None if self._kill_at is None else max(self._kill_at - time.monotonic(), 0)
+        due = min(self._look_at, math.inf if self._kill_at is None else self._kill_at)
+        return None if due == math.inf else max(due - time.monotonic(), 0)

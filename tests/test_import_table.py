@@ -26,6 +26,8 @@ BASE = {
     "rng",
     "stats",
     "stimuli",
+    "tar_index",
+    "token_dtypes",
     "torchvision_shim",
 }
 ROOMS_ABOVE_BASE = {"encoders", "data", "nn", "losses", "eval", "train", "adapt", "predict"}

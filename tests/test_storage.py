@@ -38,8 +38,10 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
         return open_location(tmp_path / HOSTILE)
     stores = pytest.importorskip("obstore.store")
     if request.param == "memory":
-        return ObjectStorage(stores.MemoryStore(), "memory://bucket")
-    return ObjectStorage(stores.LocalStore(tmp_path), f"file://{tmp_path}")
+        held = stores.MemoryStore()
+        return ObjectStorage("memory://bucket", open_store=lambda retrying: held)
+    place = stores.LocalStore(tmp_path)
+    return ObjectStorage(f"file://{tmp_path}", open_store=lambda retrying: place)
 
 
 def test_every_kind_of_storage_gives_back_what_was_written(storage: Storage) -> None:

@@ -16,6 +16,7 @@ from dist_decoder.config.checkpoint import (
     CheckpointVerifyConfig,
 )
 from dist_decoder.config.commandline import VerbCommand, add_verb, make_app, run_app, run_verb
+from dist_decoder.config.doctor import DoctorConfig
 from dist_decoder.config.estimate import EstimateConfig
 from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig, ReportConfig
 from dist_decoder.config.exchange import ExportConfig, ImportConfig
@@ -113,6 +114,20 @@ add_verb(
 )
 
 
+add_verb(
+    app,
+    "doctor",
+    DoctorConfig,
+    "dist_decoder.commands.doctor:run",
+    "Check this installation, and inside a job what is between its nodes.\n\n"
+    "Says what to do for each failure; exit code 1 if one did not pass. Example:\n\n"
+    "dist-launch slurm launch.nodes=2 folder=runs/doctor -- dist-decoder doctor folder=runs",
+    config_required=False,
+    render=_lazy_render("dist_decoder.commands.doctor:render"),
+    failed=lambda findings: not all(item["passed"] for item in findings),
+)
+
+
 class _EstimateCommand(VerbCommand):
     verb_schema = EstimateConfig
 
@@ -123,6 +138,7 @@ def estimate(
     overrides: list[str] | None = typer.Argument(
         None, metavar="KEY.PATH=VALUE", help="Override keys of the file; last one wins."
     ),
+    ranks: int = typer.Option(1, help="Of a file of train or adapt; estimate files say it."),
     json_output: bool = typer.Option(False, "--json", help="Print the result as JSON."),
 ) -> None:
     """Count parameters, operations, memory and traffic of a run, without running it."""
@@ -132,9 +148,16 @@ def estimate(
         "adapt": (AdaptConfig, "estimate_adaptation"),
     }
     schema, function = schemas[kind_of_config(config, tuple(overrides or ()))]
+
+    def count(values: Any) -> Any:
+        import importlib
+
+        found = getattr(importlib.import_module("dist_decoder.estimate.estimate"), function)
+        return found(values) if function == "estimate" else found(values, ranks)
+
     run_verb(
         schema,
-        f"dist_decoder.estimate.estimate:{function}",
+        count,
         config,
         overrides or (),
         json_output,

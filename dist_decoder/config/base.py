@@ -24,7 +24,12 @@ class Section(BaseModel):
     """A part of a configuration: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        # A refused value may be a password.
+        hide_input_in_errors=True,
     )
 
 
@@ -32,7 +37,10 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 def load_config(
-    schema: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()
+    schema: type[ConfigT],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    below: str | Path | None = None,
 ) -> ConfigT:
     """Read a YAML file, apply ``key.path=value`` overrides, and validate.
 
@@ -40,16 +48,17 @@ def load_config(
         schema: the root section.
         path: YAML file, or None for the defaults alone.
         overrides: dotted overrides; the last one wins.
+        below: another YAML file, whose values count where ``path`` is silent.
 
     Raises:
         ConfigError: the file is missing or not a mapping, an override has no ``=``, a key is
             unknown (the nearest valid key is named), or a value has the wrong type.
 
-    Precedence: defaults, file, overrides. ``${other.key}`` refers to another key of the file.
+    Precedence: defaults, ``below``, file, overrides. ``${other.key}`` refers to another key of the
+    file.
     """
-    tree = OmegaConf.create({})
-    if path is not None:
-        tree = _read_yaml(Path(path))
+    files = [_read_yaml(Path(file)) for file in (below, path) if file is not None]
+    tree = OmegaConf.merge(OmegaConf.create({}), *files)
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator or not key:

@@ -38,13 +38,17 @@ from typer.core import TyperCommand
 from dist_decoder.config.base import Section, load_config
 from dist_decoder.config.keys import key_table
 from dist_decoder.config.progress import Progress, progress
-from dist_decoder.errors import ConfigError, DistDecoderError, StoppedError
+from dist_decoder.errors import (
+    FAILURE_FILE_VARIABLE,
+    ConfigError,
+    DistDecoderError,
+    StoppedError,
+)
 
 __all__ = [
     "EXIT_CHECK_FAILED",
     "EXIT_INTERRUPTED",
     "EXIT_WRONG_USE",
-    "FAILURE_FILE_VARIABLE",
     "Progress",
     "VerbCommand",
     "add_verb",
@@ -60,9 +64,6 @@ __all__ = [
 EXIT_CHECK_FAILED = 1
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
-
-FAILURE_FILE_VARIABLE = "DIST_DECODER_FAILURE_FILE"
-"""Environment variable by which a launcher learns which rank failed first."""
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 Verb = Callable[[Any], Any]

@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dist_decoder.config.base import Section
+from dist_decoder.config.storage import Location, StorageConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Part = Annotated[str, Field(pattern=r"^([0-9]+/[0-9]+|slurm)$")]
 PicturePx = Annotated[int, Field(ge=8, multiple_of=8)]
 """Side of a fabricated picture: a multiple of its 8 blocks."""
 
@@ -199,6 +201,10 @@ class EncoderConfig(Section):
     """labels: width of the label vectors."""
     batch_size: PositiveInt = 64
     device: str = "auto"
+    workers: PositiveInt = 1
+    """Processes that embed at the same time, each with an encoder of its own."""
+    part: Part | None = None
+    """The part of the images that this process embeds, as shard.part."""
 
 
 class LowLevelConfig(Section):
@@ -226,6 +232,10 @@ class SynthesiseConfig(Section):
     """Signed residual noise: N(0, residual SD of each voxel) or rows drawn from held-out
     residuals."""
     noise_scale: Annotated[float, Field(ge=0)] = 1.0
+    workers: PositiveInt = 1
+    """Processes that fit encoding models at the same time, each one subject at a time."""
+    part: Part | None = None
+    """The part of the subjects that this process does, as shard.part."""
 
 
 class ShardConfig(Section):
@@ -252,7 +262,14 @@ class ShardConfig(Section):
     has the size it had in training, and signal is larger."""
     public: bool = False
     """The shards are to be passed on: refuse datasets whose terms forbid that."""
-    token_dtype: Literal["float16", "float32"] = "float16"
+    workers: PositiveInt = 1
+    """Processes that write tars at the same time. Each reads the betas of one dataset."""
+    part: Part | None = None
+    """The part of the tars that this process writes: i/n with i from 0, or slurm for the task of
+    an array job. The call that finds all parts finished writes the manifest."""
+    token_dtype: Literal["float16", "float32", "bfloat16", "int8"] = "float16"
+    """int8 has one scale per token and half the bytes of float16. The error against the encoder's
+    tokens is measured, printed, and kept in the manifest."""
     voxel_dtype: Literal["float16", "float32"] = "float16"
 
 
@@ -275,6 +292,13 @@ class DataConfig(Section):
     shard: ShardConfig = ShardConfig()
     shards_name: str = "shards"
     """Folder of the shards below ``output``; one store can hold several shardings."""
+    shards_url: Location | None = None
+    """Folder or object-store URL of the shards instead of ``output``/``shards_name``."""
+    derived_url: Location | None = None
+    """Folder or object-store URL of what ``embed`` and ``synthesise`` write instead of the
+    store."""
+    storage: StorageConfig = StorageConfig()
+    """Retries and deadlines of ``shards_url`` and ``derived_url`` in an object store."""
 
     @model_validator(mode="after")
     def _datasets_are_distinct(self) -> DataConfig:
@@ -294,4 +318,15 @@ class DataConfig(Section):
 
     @property
     def shards(self) -> Path:
+        """Folder of the shards where they are not in an object store."""
         return self.output / self.shards_name
+
+    @property
+    def derived(self) -> str | Path:
+        """Folder or URL that holds embeddings and synthetic responses."""
+        return self.store if self.derived_url is None else self.derived_url
+
+    @property
+    def shards_location(self) -> str | Path:
+        """Folder or URL that the shards are written to."""
+        return self.shards if self.shards_url is None else self.shards_url

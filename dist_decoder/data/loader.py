@@ -1,8 +1,8 @@
 """Batches of one rank, from a step on, in the order that ``Order`` fixes.
 
-Reader threads only compute batches ahead; they decide nothing. Threads and not processes: the
-work is file reads and large copies, which run without the interpreter lock, and nothing is
-forked from a process that holds collectives or object-store clients.
+Readers only compute batches ahead; they decide nothing. Threads suit wide tokens: the work is file
+reads and large copies, which run without the interpreter lock. Processes suit many small samples.
+Nothing is ever forked from a process that holds collectives or object-store clients.
 """
 
 from __future__ import annotations
@@ -12,30 +12,25 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-
-import numpy as np
-import torch
+from typing import Any
 
 from dist_decoder.batch import Batch
 from dist_decoder.config.train import SourcesConfig
-from dist_decoder.data.members import Members, TargetName
-from dist_decoder.data.order import Order, own_positions, wanted_kinds
-from dist_decoder.data.samples import open_samples
-from dist_decoder.data.sources import choose_subjects, read_indexes, wanted_entries
-from dist_decoder.data.tar_reader import TarReader
-from dist_decoder.data.targets import TargetStatistics, image_ids, read_targets
+from dist_decoder.data.members import TargetName
+from dist_decoder.data.prefetch import Prefetch
+from dist_decoder.data.reader import BatchReader, spec_of
+from dist_decoder.data.reader_processes import ReaderProcesses
+from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.formats import SplitName
-from dist_decoder.manifest import read_manifest
-from dist_decoder.storage import open_location
 
-_AHEAD_PER_WORKER = 2
+AHEAD_PER_WORKER = 2
 
 
 class Loader:
     """An endless sequence of batches; ``close`` it, or use it in a ``with`` statement.
 
     Args:
-        config: shards, subjects, mixture, reader threads and memory.
+        config: shards, subjects, mixture, readers and memory.
         seed: of the order.
         rank: this rank.
         world_size: number of ranks.
@@ -45,10 +40,12 @@ class Loader:
         allow_holdout: accept held-out subjects that are named; adaptation does.
         targets: which targets the batches carry; tokens that nobody needs are not read.
         standardise_by: statistics of a base model, instead of those of the shards.
+        pinned: put batches into page-locked memory, for copies to a CUDA device.
 
     Raises:
         ConfigError: see ``Order``.
-        DataError: shards are missing, damaged, or hold no rows of the subjects.
+        DataError: shards are missing, damaged, or hold no rows of the subjects; or readers died
+            again and again.
     """
 
     def __init__(
@@ -63,39 +60,33 @@ class Loader:
         allow_holdout: bool = False,
         targets: Sequence[TargetName] = ("pooled", "tokens"),
         standardise_by: TargetStatistics | None = None,
+        pinned: bool = False,
     ) -> None:
-        if subjects is not None:
-            config = config.model_copy(update={"subjects": tuple(subjects)})
-        storage = open_location(config.shards)
-        self.manifest = read_manifest(storage)
-        self.target_statistics = standardise_by or read_targets(storage, self.manifest)
-        chosen = choose_subjects(self.manifest, config.datasets, config.subjects, allow_holdout)
-        kinds = wanted_kinds(config.synthetic_prob)
-        entries = wanted_entries(self.manifest, chosen, splits, kinds)
-        indexes = read_indexes(storage, entries)
-        self.order = Order(self.manifest, indexes, config, seed, splits, allow_holdout)
+        spec = spec_of(
+            config,
+            seed,
+            rank,
+            world_size,
+            splits,
+            subjects,
+            allow_holdout,
+            targets,
+            pinned,
+            standardise_by,
+        )
+        self.reader = BatchReader(spec)
+        self.manifest = self.reader.manifest
+        self.target_statistics = self.reader.target_statistics
+        self.order = self.reader.order
         self.step = start_step
         """The next step that iterating gives."""
-        self._positions = own_positions(config.batch_size, rank, world_size)
-        self._samples = open_samples(
-            Members(
-                self.order.shards, self.order.sources, self.manifest, self.target_statistics,
-                targets, TarReader(storage),
-            ),
-            config.cache_mb,
-        )  # fmt: skip
-        shards = self.order.shards
-        counts = [len(shard.index.samples) for shard in shards]
-        self._first_sample = np.cumsum([0, *counts], dtype=np.int64)
-        self._uids = [sample.image_uid for shard in shards for sample in shard.index.samples]
-        self._keys = [
-            f"{shard.entry.name}:{sample.key}" for shard in shards for sample in shard.index.samples
-        ]
-        self._image_ids = image_ids(self._uids)
-        self._subjects = [source.subject for source in self.order.sources]
-        self._workers = config.workers
+        self.waited_s = 0.0
+        """Seconds that callers waited for batches so far."""
+        self._config = config
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[tuple[int, Future[Batch]]] = deque()
+        self._processes: ReaderProcesses | None = None
+        self._prefetch: Prefetch | None = None
 
     @property
     def subjects(self) -> dict[str, int]:
@@ -119,49 +110,75 @@ class Loader:
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
-        batch = self.read(self.step) if self._workers == 0 else self._from_workers()
+        self._fetch_ahead()
+        if self._config.workers == 0:
+            batch = self.read(self.step)
+        elif self._config.worker_kind == "threads":
+            batch = self._from_threads()
+        else:
+            batch = self._from_processes()
         self.step += 1
-        return replace(batch, wait_s=time.perf_counter() - started)
+        waited_s = time.perf_counter() - started
+        self.waited_s += waited_s
+        return replace(batch, wait_s=waited_s)
 
     def read(self, step: int) -> Batch:
         """Return this rank's batch of any step; iterating is not affected."""
-        visits = self.order.visits(step, self._positions)
-        gathered = self._samples.gather(visits)
-        sample_B = (self._first_sample[visits.shard_B] + visits.sample_B).tolist()
-        latent_BCHW = gathered.latent_BCHW
-        low_level = {} if latent_BCHW is None else {"low_level": latent_BCHW}
-        keys = zip(sample_B, visits.row_B.tolist(), strict=True)
-        return Batch(
-            step=step,
-            global_size=self.order.batch_size,
-            positions_B=torch.tensor(list(self._positions), dtype=torch.int64),
-            voxels=gathered.voxels,
-            rows=gathered.rows,
-            subjects=tuple(self._subjects[source] for source in visits.source_B.tolist()),
-            image_uids=tuple(self._uids[sample] for sample in sample_B),
-            image_ids_B=torch.from_numpy(self._image_ids[sample_B]),
-            keys=tuple(f"{self._keys[sample]}:{row}" for sample, row in keys),
-            pooled_BE=gathered.pooled_BE,
-            tokens_BTD=gathered.tokens_BTD,
-            low_level=low_level,
-        )
+        return self.reader.read(step)
 
-    def _from_workers(self) -> Batch:
+    def counters(self) -> dict[str, dict[str, Any]]:
+        """Return what was asked of the ``cache`` and of files or location (``requests``).
+
+        Of several processes counts are added, and the slowest one's latencies stand for all.
+        """
+        parts = [self.reader.counters()]
+        if self._processes is not None:
+            parts += self._processes.counters()
+        found: dict[str, dict[str, Any]] = {"cache": {}, "requests": {}}
+        for kind, totals in found.items():
+            for part in parts:
+                for name, value in part[kind].items():
+                    slower = name.startswith("latency")
+                    before = totals.get(name, 0)
+                    totals[name] = max(before, value) if slower else before + value
+        return found
+
+    def _fetch_ahead(self) -> None:
+        cache, config = self.reader.cache, self._config.cache
+        if cache is None or config is None:
+            return
+        if self._prefetch is None:
+            self._prefetch = Prefetch(
+                cache, self.order, self.reader.positions, config.max_gb * 1e9, config.downloads
+            )
+        self._prefetch.advance(self.step)
+
+    def _from_threads(self) -> Batch:
         if self._ahead and self._ahead[0][0] != self.step:
             self.close()
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._workers, "reader")
-        while len(self._ahead) < self._workers * _AHEAD_PER_WORKER:
+            self._pool = ThreadPoolExecutor(self._config.workers, "reader")
+        while len(self._ahead) < self._config.workers * AHEAD_PER_WORKER:
             step = self.step + len(self._ahead)
             self._ahead.append((step, self._pool.submit(self.read, step)))
         _, future = self._ahead.popleft()
         return future.result()
 
+    def _from_processes(self) -> Batch:
+        if self._processes is None:
+            self._processes = ReaderProcesses(self.reader, self._config.workers, AHEAD_PER_WORKER)
+        return self._processes.batch(self.step)
+
     def close(self) -> None:
-        """Stop the reader threads. Iterating again starts new ones at ``step``."""
+        """Stop all readers. Iterating again starts new ones at ``step``."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool = None
+        if self._processes is not None:
+            self._processes.close()
+        if self._prefetch is not None:
+            self._prefetch.close()
+        self.reader.close()
+        self._pool = self._processes = self._prefetch = None
         self._ahead.clear()
 
     def __enter__(self) -> Loader:

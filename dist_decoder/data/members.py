@@ -1,6 +1,6 @@
-"""Which members of the tars are read, and how they are checked and standardised.
+"""Which members of the tars are read, and how they are checked, widened and standardised.
 
-Axes: B visits of a batch, E pooled width, T tokens, D token width.
+Axes: B visits of a batch, b some of them, E pooled width, T tokens, D token width.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_decoder.data.order import Visits, groups
-from dist_decoder.data.sources import Shard, Source
-from dist_decoder.data.tar_reader import TarReader, Wanted, checked_array
+from dist_decoder.data.sources import MEAN, Shard, Source, rows_within
+from dist_decoder.data.tar_reader import TarReader, Wanted, checked_array, where
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.errors import DataError
 from dist_decoder.formats import LATENT_SHAPE, Manifest
+from dist_decoder.token_dtypes import TOKENS, TOKENS_SCALE
+
+__all__ = ["LATENT", "POOLED", "TOKENS", "Members", "TargetName"]
 
 TargetName = Literal["pooled", "tokens", "low_level"]
-POOLED, TOKENS, LATENT = "pooled.npy", "tokens.npy", "latent.npy"
-_OWN_PART = 0.8
-"""An array that is a smaller part of the bytes it was read with is copied before it is kept."""
+POOLED, LATENT = "pooled.npy", "latent.npy"
 
 
 class Members:
-    """Which members of the tars are read, and how they are checked and standardised."""
+    """Which members of the tars are read, and how they are checked, widened and standardised."""
 
     def __init__(
         self,
@@ -42,16 +43,28 @@ class Members:
         self.sources = sources
         self.reader = reader
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """Shape of each target member that is read."""
+        """Shape of each target."""
+        self.parts: dict[str, tuple[str, ...]] = {}
+        """The members that a target is made of."""
+        self.stored: dict[str, tuple[int, ...]] = {}
+        """Shape of each member that targets are made of."""
+        self.token_dtypes: dict[str, np.dtype[Any]] = {}
+        """Of members that hold no floats."""
         self._means: dict[str, tuple[Tensor, float]] = {}
         if "pooled" in wanted:
             self.shapes[POOLED] = (manifest.encoder.pooled_dim,)
+            self.parts[POOLED] = (POOLED,)
             mean_E = torch.from_numpy(targets.pooled_mean_E)
             self._means[POOLED] = (mean_E, targets.pooled_scale)
         if "tokens" in wanted and targets.tokens_mean_TD is not None:
             assert manifest.encoder.token_shape is not None
             assert targets.tokens_scale is not None
             self.shapes[TOKENS] = manifest.encoder.token_shape
+            kind = "float" if manifest.tokens is None else manifest.tokens.dtype
+            self.parts[TOKENS] = (TOKENS_SCALE, TOKENS) if kind == "int8" else (TOKENS,)
+            if kind in ("int8", "bfloat16"):
+                stored = np.dtype(np.int8 if kind == "int8" else np.uint16)
+                self.token_dtypes[TOKENS] = stored
             mean_TD = torch.from_numpy(targets.tokens_mean_TD)
             self._means[TOKENS] = (mean_TD, targets.tokens_scale)
         if "low_level" in wanted:
@@ -61,6 +74,10 @@ class Members:
                     "with low_level.vae=FOLDER, or set loss.low_level_l1=0"
                 )
             self.shapes[LATENT] = LATENT_SHAPE
+            self.parts[LATENT] = (LATENT,)
+        for name, shape in self.shapes.items():
+            for part in self.parts[name]:
+                self.stored[part] = shape[:1] if part == TOKENS_SCALE else shape
         self._subjects = sorted({source.subject for source in sources})
         self._subject_of_source = np.array(
             [self._subjects.index(source.subject) for source in sources], np.int64
@@ -69,39 +86,63 @@ class Members:
 
     def shape(self, item: Wanted, shard: Shard) -> tuple[int, ...]:
         """Return the shape that a member must have."""
-        if item[1] in self.shapes:
-            return self.shapes[item[1]]
+        if item[1] in self.stored:
+            return self.stored[item[1]]
         name = item[1].removesuffix(".voxels.npy")
         rows = len(shard.index.samples[item[0]].sessions[name])
         return (rows, self.num_voxels[f"{shard.dataset}/{name}"])
 
-    def read(
-        self, shard: Shard, wanted: Sequence[Wanted], keep: bool = False
-    ) -> dict[Wanted, NDArray[Any]]:
-        """Return checked arrays, views of what was read.
+    def read(self, shard: Shard, wanted: Sequence[Wanted]) -> dict[Wanted, NDArray[Any]]:
+        """Return checked arrays, views of what was read."""
+        found = self.reader.read(shard, wanted)
+        return {item: self.check(shard, item, found[item]) for item in wanted}
+
+    def check(
+        self, shard: Shard, item: Wanted, data: memoryview, finite: bool = True
+    ) -> NDArray[Any]:
+        """Return one checked array of the bytes of a member.
+
+        Raises:
+            DataError: another dtype or shape than promised, or a value that is not finite.
+            FormatError: the bytes are no array.
+        """
+        array = checked_array(data, self.shape(item, shard), shard, item, finite)
+        wanted = self.token_dtypes.get(item[1])
+        if (array.dtype != wanted) if wanted else (array.dtype.kind != "f"):
+            raise DataError(
+                f"{where(shard, item)}: dtype {array.dtype}, the manifest says"
+                f" {wanted or 'a float'}; run `data-tools shard` again"
+            )
+        return array
+
+    def decode_(self, out: Tensor, name: str, parts: Mapping[str, NDArray[Any]]) -> None:
+        """Put standardised targets, or latents as they are, into ``out``.
 
         Args:
-            keep: the arrays stay in memory: copy those that would hold much more than themselves.
+            out: (b, ...) float32 or bfloat16.
+            name: of the target.
+            parts: (b, ...) stored values of its members.
         """
-        found = self.reader.read(shard, wanted)
-        arrays = {item: self.check(shard, item, found) for item in wanted}
-        if keep:
-            for item, array in arrays.items():
-                read_bytes = len(found[item].obj)  # type: ignore[arg-type]
-                if array.nbytes < _OWN_PART * read_bytes:
-                    arrays[item] = array.copy()
-        return arrays
+        wide = out if out.dtype == torch.float32 else torch.empty(out.shape)
+        stored = torch.from_numpy(parts[name])
+        wide.copy_(stored.view(torch.bfloat16) if stored.dtype == torch.uint16 else stored)
+        if TOKENS_SCALE in parts:
+            wide.mul_(torch.from_numpy(parts[TOKENS_SCALE]).unsqueeze(-1))
+        if name in self._means:
+            mean, scale = self._means[name]
+            wide.sub_(mean).div_(scale)
+        if wide is not out:
+            out.copy_(wide)
 
-    def check(self, shard: Shard, item: Wanted, found: Mapping[Wanted, memoryview]) -> NDArray[Any]:
-        """Return one checked array of what ``TarReader.read`` found."""
-        return checked_array(found[item], self.shape(item, shard), shard, item)
-
-    def standardise_(self, values: Tensor, extension: str) -> Tensor:
-        """Standardise raw float32 targets in place and return them; latents stay as they are."""
-        if extension not in self._means:
-            return values
-        mean, scale = self._means[extension]
-        return values.sub_(mean).div_(scale)
+    def rows_of(self, visits: Visits, position: int) -> list[int]:
+        """Return the rows whose average a visit is; one row if it is no average."""
+        row = int(visits.row_B[position])
+        if row != MEAN:
+            return [row]
+        source = self.sources[int(visits.source_B[position])]
+        shard = self.shards[int(visits.shard_B[position])]
+        sample = shard.index.samples[int(visits.sample_B[position])]
+        return rows_within(sample.sessions[source.subject.partition("/")[2]], source.max_sessions)
 
     def of_subject(self, visits: Visits) -> dict[str, NDArray[np.int64]]:
         """Return for each subject the positions of its visits, ascending."""

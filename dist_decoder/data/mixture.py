@@ -6,25 +6,40 @@ Axes: S sources, P positions of a period.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, gcd
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_decoder.errors import ConfigError
+
 PERIOD = 55_440
 """Longest period of the schedule: divisible by 1 to 12, so that small mixtures are exact."""
 
 
 def source_shares(
-    rows: Sequence[int], synthetic: Sequence[bool], temperature: float, synthetic_prob: float
+    rows: Sequence[int],
+    synthetic: Sequence[bool],
+    temperature: float,
+    synthetic_prob: float,
+    subjects: Sequence[str] = (),
+    weights: Mapping[str, float] | None = None,
 ) -> list[int]:
     """Return how often each source is visited in a period, in lowest terms, each >= 1.
 
     Measured sources share 1 - synthetic_prob in proportion to rows ** temperature, synthetic
     sources share synthetic_prob in the same way. Both kinds must be present if synthetic_prob is
     neither 0 nor 1, and only one kind otherwise.
+
+    Args:
+        subjects: dataset/subject of each source; needed with ``weights``.
+        weights: by dataset, shared by its sources of a kind in proportion to rows ** temperature,
+            or by dataset/subject.
+
+    Raises:
+        ConfigError: a subject is covered by no weight or by two, or a weight covers nobody.
     """
     totals = {True: round(synthetic_prob * PERIOD)}
     totals[False] = PERIOD - totals[True]
@@ -33,10 +48,44 @@ def source_shares(
         members = [index for index, flag in enumerate(synthetic) if flag == kind]
         if members:
             wanted = [float(rows[index]) ** temperature for index in members]
+            if weights is not None:
+                wanted = _weighted(wanted, [subjects[index] for index in members], weights)
             for index, share in zip(members, apportion(wanted, total), strict=True):
                 shares[index] = share
+    if weights is not None:
+        _require_used(weights, subjects)
     divisor = gcd(*shares)
     return [share // divisor for share in shares]
+
+
+def _weighted(
+    parts: Sequence[float], subjects: Sequence[str], weights: Mapping[str, float]
+) -> list[float]:
+    """Return the wanted shares of the sources of one kind, in any unit."""
+    names = []
+    for subject in subjects:
+        covering = [name for name in (subject, subject.partition("/")[0]) if name in weights]
+        if len(covering) != 1:
+            problem = "twice: by itself and by its dataset" if covering else "by no key"
+            raise ConfigError(
+                f"data.weights covers {subject} {problem}; give every subject that is read, or its"
+                " dataset, one weight"
+            )
+        names += covering
+    totals = dict.fromkeys(names, 0.0)
+    for name, part in zip(names, parts, strict=True):
+        totals[name] += part
+    return [weights[name] * part / totals[name] for name, part in zip(names, parts, strict=True)]
+
+
+def _require_used(weights: Mapping[str, float], subjects: Sequence[str]) -> None:
+    known = {*subjects, *(subject.partition("/")[0] for subject in subjects)}
+    for name in weights:
+        if name not in known:
+            raise ConfigError(
+                f"data.weights names {name!r}, of which nothing is read; known are"
+                f" {', '.join(sorted(known))}"
+            )
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dist_decoder.config.base import fingerprint
 from dist_decoder.config.train import SourcesConfig
 from dist_decoder.data.mixture import interleave, source_shares
-from dist_decoder.data.permutation import part_from, windowed_order
+from dist_decoder.data.permutation import drawn, part_from, windowed_order
 from dist_decoder.data.sources import Kind, choose_subjects, select
 from dist_decoder.errors import ConfigError, RunError
 from dist_decoder.formats import Manifest, ShardIndex, SplitName
@@ -30,7 +30,7 @@ _EPOCHS_KEPT = 3
 
 
 class Visit(NamedTuple):
-    """One row of one image of one source."""
+    """One row (or ``sources.MEAN``) of one image of one source."""
 
     source_index: int
     shard_index: int
@@ -91,7 +91,8 @@ class Order:
     Args:
         manifest: of the shards.
         indexes: by tar name; those of ``wanted_entries`` suffice.
-        config: datasets, subjects and mixture. ``workers`` and ``cache_mb`` change nothing.
+        config: datasets, subjects and mixture. Readers, memory, cache and
+            storage change nothing.
         seed: of the permutations.
         splits: splits that are read.
         allow_holdout: accept held-out subjects named in ``config.subjects``.
@@ -117,14 +118,14 @@ class Order:
         _check_synthetic(manifest, config, subjects, splits)
         selection = select(
             manifest, indexes, subjects, splits, kinds, config.max_sessions,
-            explicit=config.subjects is not None,
+            explicit=config.subjects is not None, mean=config.repetition == "mean",
         )  # fmt: skip
         self.shards = selection.shards
         self.sources = selection.sources
         self.batch_size = config.batch_size
         self.seed = seed
         num_visits = sum(source.num_visits for source in self.sources)
-        if self.batch_size > num_visits:
+        if self.batch_size > num_visits and not config.replacement:
             raise ConfigError(
                 f"batch_size {self.batch_size} is larger than an epoch of everything"
                 f" ({num_visits} rows); make it smaller or select more subjects"
@@ -134,10 +135,13 @@ class Order:
             [source.kind == "synthetic" for source in self.sources],
             config.temperature,
             config.synthetic_prob,
+            [source.subject for source in self.sources],
+            config.weights,
         )
         self.schedule = interleave(shares)
         self._reach = self.schedule.most_in(self.batch_size)
         self._window_shards = config.window_shards
+        self._replacement = config.replacement
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._lock = threading.Lock()
         self.manifest_fingerprint = manifest_fingerprint(manifest)
@@ -152,6 +156,9 @@ class Order:
                 "max_sessions": config.max_sessions,
                 "splits": sorted(splits),
                 "seed": seed,
+                # Only where they depart from what an order was before these keys existed.
+                **({"replacement": True} if config.replacement else {}),
+                **({"repetition": "mean"} if config.repetition == "mean" else {}),
             }
         )
 
@@ -173,13 +180,34 @@ class Order:
         shard_B, sample_B, row_B = (np.empty(len(place_B), np.int64) for _ in range(3))
         for index, here in groups(source_B):
             source = self.sources[index]
-            epochs, offsets = np.divmod(ordinal_B[here], source.num_visits)
-            for epoch, now in groups(epochs):
-                visit = self.epoch_order(index, epoch)[offsets[now]]
-                shard_B[here[now]] = source.shard_N[visit]
-                sample_B[here[now]] = source.sample_N[visit]
-                row_B[here[now]] = source.row_N[visit]
+            visit_b = self._visits_of(index, ordinal_B[here])
+            shard_B[here] = source.shard_N[visit_b]
+            sample_B[here] = source.sample_N[visit_b]
+            row_B[here] = source.row_N[visit_b]
         return Visits(source_B, shard_B, sample_B, row_B)
+
+    def _visits_of(self, source_index: int, ordinal_b: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which visits of a source come at some of its ordinals."""
+        source = self.sources[source_index]
+        if self._replacement:
+            return drawn(ordinal_b, source.num_visits, self.seed, source.name)
+        visit_b = np.empty(len(ordinal_b), np.int64)
+        epochs, offsets = np.divmod(ordinal_b, source.num_visits)
+        for epoch, now in groups(epochs):
+            visit_b[now] = self.epoch_order(source_index, epoch)[offsets[now]]
+        return visit_b
+
+    def epochs_at(self, step: int) -> dict[str, float]:
+        """Return how many epochs of each source the steps before ``step`` make up, by its name."""
+        place = np.asarray([step * self.batch_size], np.int64)
+        turns, rest = np.divmod(place, self.schedule.period)
+        before = np.bincount(
+            self.schedule.source_P[: int(rest[0])], minlength=len(self.sources)
+        ) + int(turns[0]) * np.asarray(self.schedule.shares)
+        return {
+            source.name: float(count) / source.num_visits
+            for source, count in zip(self.sources, before.tolist(), strict=True)
+        }
 
     def epoch_order(self, source_index: int, epoch: int) -> NDArray[np.int64]:
         """Return the (N,) order in which a source's visits come in one of its epochs.
@@ -239,8 +267,8 @@ class Order:
         if state["order"] != self.fingerprint:
             raise RunError(
                 f"the checkpoint belongs to another order of the data ({state['order']}, now"
-                f" {self.fingerprint}): seed, batch_size, mixture, subjects, max_sessions or"
-                " window_shards changed; restore them or start a new run"
+                f" {self.fingerprint}): seed, batch_size, mixture, subjects, max_sessions,"
+                " repetition or window_shards changed; restore them or start a new run"
             )
         return int(state["step"])
 

@@ -50,6 +50,24 @@ def windowed_order(
     return np.concatenate(parts) if parts else by_window_N
 
 
+_DRAWS = 4096
+"""Draws of one stream: any ordinal is found without the ones before its stream."""
+
+
+def drawn(ordinals_B: NDArray[np.int64], size: int, seed: int, source: str) -> NDArray[np.int64]:
+    """Return (B,) independent draws from 0..size-1, a function of the ordinal of each visit.
+
+    The remainder of a raw 64-bit draw: its bias is below size / 2 ** 64.
+    """
+    stream_B, place_B = np.divmod(ordinals_B, _DRAWS)
+    found_B = np.empty(len(ordinals_B), np.int64)
+    for stream in np.unique(stream_B).tolist():
+        raw = np.random.Philox(key=key64(seed, "draws", source, stream)).random_raw(_DRAWS)
+        here = stream_B == stream
+        found_B[here] = (raw % np.uint64(size)).astype(np.int64)[place_B[here]]
+    return found_B
+
+
 def part_from(
     order_N: NDArray[np.int64], previous_N: NDArray[np.int64], reach: int
 ) -> NDArray[np.int64]:

@@ -33,6 +33,7 @@ from dist_decoder.errors import FormatError
 from dist_decoder.formats import RowInfo, SampleInfo, SplitName
 from dist_decoder.manifest import read_manifest
 from dist_decoder.storage import open_location
+from dist_decoder.token_dtypes import TOKENS_SCALE, decode_tokens
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class SubjectRows:
     pooled_ME: NDArray[np.float32]
     """Raw pooled embeddings."""
     tokens_MTD: NDArray[Any] | None
-    """Raw tokens in their stored dtype, or None without tokens."""
+    """Raw tokens, float32 or as stored, or None without tokens."""
     infos_N: tuple[RowInfo, ...]
     """Session, run, trial and provenance of each row."""
     keys: tuple[str, ...]
@@ -184,7 +185,7 @@ def _subject_rows(source: Source, members: Members, statistics: TargetStatistics
         np.stack([source.shard_N, source.sample_N], axis=1), axis=0, return_inverse=True
     )
     image_N = image_N.reshape(-1)
-    extensions = (*members.shapes, voxel_member(source.subject), "json")
+    extensions = (*members.stored, voxel_member(source.subject), "json")
     voxels_NV = np.empty((len(image_N), members.num_voxels[source.subject]), np.float32)
     targets: dict[str, list[NDArray[Any]]] = {name: [] for name in members.shapes}
     infos_M: list[tuple[RowInfo, ...]] = []
@@ -195,12 +196,20 @@ def _subject_rows(source: Source, members: Members, statistics: TargetStatistics
         found = members.reader.read(shard, [(s, name) for s in samples for name in extensions])
         for sample in samples:
             info = _sample_info(found[sample, "json"], shard, sample, source)
-            responses_RV = members.check(shard, (sample, extensions[-2]), found)
+            item = (sample, extensions[-2])
+            responses_RV = members.check(shard, item, found[item])
             here = np.flatnonzero(image_N == len(infos_M))
             voxels_NV[here] = responses_RV[source.row_N[here]]
+            parts = {
+                name: members.check(shard, (sample, name), found[sample, name])
+                for name in members.stored
+            }
             for name, values in targets.items():
-                # A copy: a view would keep all bytes of the tar alive.
-                values.append(members.check(shard, (sample, name), found).copy())
+                if name in members.token_dtypes:
+                    values.append(decode_tokens(parts[name], parts.get(TOKENS_SCALE)))
+                else:
+                    # A copy: a view would keep all bytes of the tar alive.
+                    values.append(parts[name].copy())
             infos_M.append(info.rows[source.subject.partition("/")[2]])
             categories_M.append(info.categories)
     at = [(members.shards[shard], sample) for shard, sample in pairs_M2.tolist()]

@@ -1,4 +1,4 @@
-"""Decoded samples behind the visits of a batch: all in memory, or the recently used ones.
+"""The numbers behind the visits of a batch, from memory that holds every sample.
 
 Axes: B visits of a batch, b of one subject in it, R rows of a sample, V voxels, E pooled width,
 T tokens, D token width, M samples of all shards.
@@ -7,7 +7,6 @@ T tokens, D token width, M samples of all shards.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,11 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_decoder.data.arena import Arena
 from dist_decoder.data.members import LATENT, POOLED, TOKENS, Members
 from dist_decoder.data.order import Visits
-from dist_decoder.data.recycled import Recycled
-from dist_decoder.data.sources import Shard, voxel_member
-from dist_decoder.data.tar_reader import Wanted
+from dist_decoder.data.sources import MEAN, Shard, voxel_member
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,37 @@ class Gathered:
 class Samples(Protocol):
     """Where a loader takes its numbers from; may be used by several threads."""
 
-    def gather(self, visits: Visits) -> Gathered:
-        """Return the numbers of some visits, in their order.
+    def gather(self, visits: Visits, out: Gathered) -> None:
+        """Put the numbers of some visits, in their order, where ``empty_batch`` made room.
 
         Raises:
             DataError: a member is missing, damaged, or holds values that are not finite.
         """
 
 
-def _stored_dtype(size: int, count: int) -> type[np.float16] | type[np.float32]:
-    """Return what holds the values of a ``.npy`` member of ``size`` bytes."""
-    return np.float16 if size < 4 * count else np.float32
+def empty_batch(
+    members: Members, visits: Visits, arena: Arena, target_dtype: torch.dtype
+) -> Gathered:
+    """Return uninitialised tensors for some visits; equal visits give equal places."""
+    targets = {
+        name: arena.empty((len(visits), *shape), target_dtype)
+        for name, shape in members.shapes.items()
+    }
+    voxels, rows = {}, {}
+    for subject, here in members.of_subject(visits).items():
+        voxels[subject] = arena.empty((len(here), members.num_voxels[subject]))
+        rows[subject] = torch.from_numpy(here)
+    return Gathered(targets.get(POOLED), targets.get(TOKENS), targets.get(LATENT), voxels, rows)
+
+
+def targets_of(gathered: Gathered) -> dict[str, Tensor]:
+    """Return the targets of a batch by member name."""
+    found = {
+        POOLED: gathered.pooled_BE,
+        TOKENS: gathered.tokens_BTD,
+        LATENT: gathered.latent_BCHW,
+    }
+    return {name: values for name, values in found.items() if values is not None}
 
 
 class ResidentSamples:
@@ -66,8 +84,8 @@ class ResidentSamples:
         self._locks = [threading.Lock() for _ in members.shards]
         self._loaded = np.zeros(len(members.shards), bool)
         total = int(self._first_sample[-1])
-        self._dtypes: dict[str, type[np.float16] | type[np.float32]] = {}
-        self._shapes = {name: (total, *shape) for name, shape in members.shapes.items()}
+        self._dtypes: dict[str, np.dtype[Any]] = {}
+        self._shapes = {name: (total, *shape) for name, shape in members.stored.items()}
         self._first_row: dict[str, NDArray[np.int64]] = {}
         self._plan_voxels(total)
         self._plan_dtypes()
@@ -77,7 +95,7 @@ class ResidentSamples:
     def num_bytes(self) -> int:
         """Memory that the arrays take once all is loaded."""
         return sum(
-            int(np.prod(shape, dtype=np.int64)) * np.dtype(self._dtypes[name]).itemsize
+            int(np.prod(shape, dtype=np.int64)) * self._dtypes[name].itemsize
             for name, shape in self._shapes.items()
         )
 
@@ -97,7 +115,7 @@ class ResidentSamples:
             self._shapes[subject] = (rows, width)
 
     def _plan_dtypes(self) -> None:
-        self._dtypes = dict.fromkeys(self._shapes, np.float16)
+        self._dtypes = dict.fromkeys(self._shapes, np.dtype(np.float16))
         for shard, samples in zip(self._members.shards, self._wanted, strict=True):
             for sample, extensions in samples.items():
                 for extension in extensions:
@@ -105,11 +123,13 @@ class ResidentSamples:
                     name = self._array_name(shard, extension)
                     size = shard.index.samples[sample].members.get(extension, (0, 0))[1]
                     count = int(np.prod(self._members.shape(item, shard)))
-                    if _stored_dtype(size, count) is np.float32:
-                        self._dtypes[name] = np.float32
+                    if size >= 4 * count:
+                        self._dtypes[name] = np.dtype(np.float32)
+        for name, dtype in self._members.token_dtypes.items():
+            self._dtypes[name] = dtype
 
     def _array_name(self, shard: Shard, extension: str) -> str:
-        if extension in self._members.shapes:
+        if extension in self._members.stored:
             return extension
         return f"{shard.dataset}/{extension.removesuffix('.voxels.npy')}"
 
@@ -120,22 +140,26 @@ class ResidentSamples:
         }
         return self
 
-    def gather(self, visits: Visits) -> Gathered:
-        """Return the numbers of some visits, in their order."""
+    def gather(self, visits: Visits, out: Gathered) -> None:
+        """Put the numbers of some visits, in their order, where ``empty_batch`` made room."""
         for index in set(visits.shard_B[~self._loaded[visits.shard_B]].tolist()):
             self._load(index)
         sample_B = self._first_sample[visits.shard_B] + visits.sample_B
-        targets: dict[str, Tensor] = {}
-        for name in self._members.shapes:
-            raw = torch.from_numpy(self._arrays[name]).index_select(0, torch.from_numpy(sample_B))
-            targets[name] = self._members.standardise_(raw.float(), name)
-        voxels, rows = {}, {}
+        for name, target in targets_of(out).items():
+            parts = {
+                part: _rows(self._arrays[part], sample_B) for part in self._members.parts[name]
+            }
+            self._members.decode_(target, name, parts)
         for subject, here in self._members.of_subject(visits).items():
-            row_b = self._first_row[subject][sample_B[here]] + visits.row_B[here]
-            responses_bV = torch.from_numpy(self._arrays[subject])
-            voxels[subject] = responses_bV.index_select(0, torch.from_numpy(row_b)).float()
-            rows[subject] = torch.from_numpy(here)
-        return Gathered(targets.get(POOLED), targets.get(TOKENS), targets.get(LATENT), voxels, rows)
+            first_b, row_b = self._first_row[subject][sample_B[here]], visits.row_B[here]
+            voxels_bV = out.voxels[subject]
+            voxels_bV.copy_(
+                torch.from_numpy(_rows(self._arrays[subject], first_b + np.maximum(row_b, 0)))
+            )
+            for place in np.flatnonzero(row_b == MEAN).tolist():
+                rows = self._members.rows_of(visits, int(here[place]))
+                several_RV = self._arrays[subject][[int(first_b[place]) + row for row in rows]]
+                voxels_bV[place] = average(several_RV)
 
     def _load(self, index: int) -> None:
         with self._locks[index]:
@@ -147,12 +171,24 @@ class ResidentSamples:
             for (sample, extension), array in self._members.read(shard, wanted).items():
                 name = self._array_name(shard, extension)
                 place = int(self._first_sample[index]) + sample
-                if extension in self._members.shapes:
+                if extension in self._members.stored:
                     self._arrays[name][place] = array
                 else:
                     first = self._first_row[name][place]
                     self._arrays[name][first : first + len(array)] = array
             self._loaded[index] = True
+
+
+def average(voxels_RV: NDArray[Any]) -> Tensor:
+    """Return the (V,) float32 mean of some rows."""
+    return torch.from_numpy(np.ascontiguousarray(voxels_RV)).float().mean(dim=0)
+
+
+def _rows(array: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
+    # torch gathers rows several times as fast as numpy, but knows no uint16 arithmetic.
+    tensor = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
+    picked: NDArray[Any] = tensor.index_select(0, torch.from_numpy(rows)).numpy()
+    return picked.view(np.uint16) if array.dtype == np.uint16 else picked
 
 
 def _members_of_shards(members: Members) -> list[dict[int, list[str]]]:
@@ -162,88 +198,5 @@ def _members_of_shards(members: Members) -> list[dict[int, list[str]]]:
         extension = voxel_member(source.subject)
         pairs = np.unique(np.stack([source.shard_N, source.sample_N], axis=1), axis=0)
         for shard, sample in pairs.tolist():
-            wanted[shard].setdefault(sample, list(members.shapes)).append(extension)
+            wanted[shard].setdefault(sample, list(members.stored)).append(extension)
     return wanted
-
-
-class StreamedSamples:
-    """Samples read when they are visited; the most recently used ones stay in memory."""
-
-    def __init__(self, members: Members, cache_bytes: int) -> None:
-        self._members = members
-        self._cache_bytes = cache_bytes
-        self._lock = threading.Lock()
-        self._cache: OrderedDict[tuple[int, Wanted], NDArray[Any]] = OrderedDict()
-        self._held_bytes = 0
-        self._memory = {name: Recycled() for name in members.shapes}
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the samples in memory."""
-        return self._held_bytes
-
-    def gather(self, visits: Visits) -> Gathered:
-        """Return the numbers of some visits, in their order."""
-        of_subject = self._members.of_subject(visits)
-        arrays = self._fetch(visits, of_subject)
-        places = list(zip(visits.shard_B.tolist(), visits.sample_B.tolist(), strict=True))
-        targets: dict[str, Tensor] = {}
-        for name, shape in self._members.shapes.items():
-            targets[name] = self._memory[name].empty((len(visits), *shape))
-            for out, (shard, sample) in zip(targets[name], places, strict=True):
-                out.copy_(torch.from_numpy(arrays[shard, (sample, name)]))
-                # One sample at a time: it is still in the processor's cache.
-                self._members.standardise_(out, name)
-        voxels, rows = {}, {}
-        for subject, here in of_subject.items():
-            responses_bV = np.empty((len(here), self._members.num_voxels[subject]), np.float32)
-            for place, position in enumerate(here.tolist()):
-                shard, sample = places[position]
-                responses_RV = arrays[shard, (sample, voxel_member(subject))]
-                responses_bV[place] = responses_RV[visits.row_B[position]]
-            voxels[subject] = torch.from_numpy(responses_bV)
-            rows[subject] = torch.from_numpy(here)
-        return Gathered(targets.get(POOLED), targets.get(TOKENS), targets.get(LATENT), voxels, rows)
-
-    def _fetch(
-        self, visits: Visits, of_subject: dict[str, NDArray[np.int64]]
-    ) -> dict[tuple[int, Wanted], NDArray[Any]]:
-        subject_B = np.empty(len(visits), object)
-        for subject, here in of_subject.items():
-            subject_B[here] = subject
-        found: dict[tuple[int, Wanted], NDArray[Any]] = {}
-        missing: dict[int, set[Wanted]] = defaultdict(set)
-        with self._lock:
-            for shard, sample, subject in zip(
-                visits.shard_B.tolist(), visits.sample_B.tolist(), subject_B, strict=True
-            ):
-                for extension in (*self._members.shapes, voxel_member(subject)):
-                    key = (shard, (sample, extension))
-                    if key in self._cache:
-                        self._cache.move_to_end(key)
-                        found[key] = self._cache[key]
-                    else:
-                        missing[shard].add((sample, extension))
-        for shard, wanted in missing.items():
-            for item, array in self._members.read(
-                self._members.shards[shard], sorted(wanted), keep=True
-            ).items():
-                found[shard, item] = self._keep((shard, item), array)
-        return found
-
-    def _keep(self, key: tuple[int, Wanted], array: NDArray[Any]) -> NDArray[Any]:
-        with self._lock:
-            if key not in self._cache:
-                self._cache[key] = array
-                self._held_bytes += array.nbytes
-            while self._held_bytes > self._cache_bytes and self._cache:
-                self._held_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return array
-
-
-def open_samples(members: Members, cache_mb: float) -> ResidentSamples | StreamedSamples:
-    """Return resident samples if all of them fit in ``cache_mb``, else streamed ones."""
-    resident = ResidentSamples(members)
-    if resident.num_bytes <= cache_mb * 1e6:
-        return resident.prepare()
-    return StreamedSamples(members, int(cache_mb * 1e6))

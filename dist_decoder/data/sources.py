@@ -26,6 +26,8 @@ from dist_decoder.manifest import read_index
 from dist_decoder.storage import Storage
 
 Kind = Literal["measured", "synthetic"]
+MEAN = -1
+"""Row of a visit that averages the rows of an image."""
 EVALUATION_SPLITS = ("test", "imagery")
 """Splits that nothing is trained on: naming a held-out subject is enough to read them."""
 
@@ -53,7 +55,9 @@ class Source:
     sample_N: NDArray[np.int64]
     """Position in the shard's index."""
     row_N: NDArray[np.int64]
-    """Row of the sample's ``voxels.npy``."""
+    """Row of the sample's ``voxels.npy``; ``MEAN`` stands for the average of its rows."""
+    max_sessions: int | None = None
+    """Rows of later sessions are no part of an average."""
 
     @property
     def name(self) -> str:
@@ -171,6 +175,7 @@ def select(
     kinds: Sequence[Kind],
     max_sessions: int | None = None,
     explicit: bool = False,
+    mean: bool = False,
 ) -> Selection:
     """Return the shards to read and the visits of each subject in them.
 
@@ -179,6 +184,7 @@ def select(
         max_sessions: keep the rows of sessions 1..max_sessions; synthetic rows stay.
         explicit: the user named the subjects, so each must have rows; otherwise a subject
             without any row of these splits is left out.
+        mean: one visit per image, of the average of its rows, instead of one per row.
 
     Raises:
         DataError: a subject has no rows left, or nobody has.
@@ -202,7 +208,8 @@ def select(
         for subject in sorted(subjects):
             if kind not in kinds:
                 continue
-            source = _collect(shards, subject, kind, max_sessions if kind == "measured" else None)
+            limit_of_kind = max_sessions if kind == "measured" else None
+            source = _collect(shards, subject, kind, limit_of_kind, mean)
             if source.num_visits:
                 sources.append(source)
             elif kind == "measured" and (explicit or max_sessions is not None):
@@ -218,18 +225,34 @@ def select(
     return Selection(shards, tuple(sources))
 
 
-def _collect(shards: Sequence[Shard], subject: str, kind: Kind, max_sessions: int | None) -> Source:
+def _collect(
+    shards: Sequence[Shard], subject: str, kind: Kind, max_sessions: int | None, mean: bool
+) -> Source:
     dataset, _, name = subject.partition("/")
     visits = [
         (shard_index, sample_index, row)
         for shard_index, shard in enumerate(shards)
         if shard.dataset == dataset and shard.kind == kind
         for sample_index, sample in enumerate(shard.index.samples)
-        for row, session in enumerate(sample.sessions.get(name, ()))
-        if max_sessions is None or session <= max_sessions
+        for row in _visited_rows(sample.sessions.get(name, ()), max_sessions, mean)
     ]
     columns = np.array(visits, np.int64).reshape(-1, 3).T
-    return Source(subject, kind, columns[0].copy(), columns[1].copy(), columns[2].copy())
+    return Source(
+        subject, kind, columns[0].copy(), columns[1].copy(), columns[2].copy(), max_sessions
+    )
+
+
+def rows_within(sessions: Sequence[int], max_sessions: int | None) -> list[int]:
+    """Return the rows of a sample that belong to sessions 1..max_sessions."""
+    return [
+        row for row, session in enumerate(sessions)
+        if max_sessions is None or session <= max_sessions
+    ]  # fmt: skip
+
+
+def _visited_rows(sessions: Sequence[int], max_sessions: int | None, mean: bool) -> list[int]:
+    rows = rows_within(sessions, max_sessions)
+    return [MEAN] if mean and rows else rows
 
 
 def _check_offsets(shard: Shard) -> None:

@@ -87,7 +87,7 @@ def _finished_summary(config: TrainConfig) -> dict[str, Any]:
 
 
 def _job(config: TrainConfig, world: World, expectation: Expectation | None) -> Job:
-    storage = open_location(config.data.shards)
+    storage = open_location(config.data.shards, config.data.storage)
     manifest = read_manifest(storage)
     subjects = choose_subjects(
         manifest, config.data.datasets, config.data.subjects, allow_holdout=False
@@ -122,7 +122,15 @@ def _job(config: TrainConfig, world: World, expectation: Expectation | None) -> 
         classes = class_terms(config.loss, decoder, map(reader, subjects), None)
 
     def batches(start_step: int, needed: tuple[TargetName, ...]) -> Loader:
-        return Loader(config.data, config.seed, world.rank, world.size, start_step, targets=needed)
+        return Loader(
+            config.data,
+            config.seed,
+            world.rank,
+            world.size,
+            start_step,
+            targets=needed,
+            pinned=world.device.type == "cuda",
+        )
 
     return Job(
         folder=config.run,

@@ -20,7 +20,10 @@ FREE_KEYS = (
     "checkpoint",
     "log",
     "data.workers",
+    "data.worker_kind",
     "data.cache_mb",
+    "data.cache",
+    "data.storage",
     # The fingerprint of the manifest in every checkpoint stands for the contents.
     "data.shards",
 )

@@ -31,6 +31,8 @@ CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
+_LAUNCH = "launch"
+"""Plans and logs of ``dist-launch slurm``, which come before the run."""
 
 _LEFTOVERS = (
     CONFIG_NAME, ENVIRONMENT_NAME, METRICS_NAME, "tensorboard", "checkpoints", "start",
@@ -163,7 +165,8 @@ def _visible(folder: Path) -> list[str]:
         return []
     if not folder.is_dir():
         raise RunError(f"run folder {folder} is a file: choose another `run`")
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if name != _LAUNCH and not name.startswith("."))
 
 
 def _note_environment(folder: Path) -> None:

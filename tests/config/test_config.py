@@ -15,7 +15,6 @@ from dist_decoder.config import (
     AdaptConfig,
     DataConfig,
     EvaluateConfig,
-    LocalConfig,
     PredictConfig,
     ReportConfig,
     Section,
@@ -27,6 +26,7 @@ from dist_decoder.config import (
 from dist_decoder.config.estimate import EstimateConfig
 from dist_decoder.config.exchange import ExportConfig, ImportConfig
 from dist_decoder.config.keys import key_table
+from dist_decoder.config.launch import SlurmConfig
 from dist_decoder.config.train import ClassStatisticsConfig
 from dist_decoder.errors import ConfigError
 
@@ -40,7 +40,7 @@ SCHEMAS: dict[str, type[Section]] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "import": ImportConfig,
-    "launch": LocalConfig,
+    "launch": SlurmConfig,
     "model": EstimateConfig,
     "predict": PredictConfig,
     "report": ReportConfig,

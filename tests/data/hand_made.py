@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class HandMade:
     )
     """(split, kind, dataset/subject) -> (tar, key, image_uid, row, session) in file order."""
     statistics: dict[str, NDArray[Any]] = field(default_factory=dict)
+    residual_std: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """dataset/subject -> (V,), with synthetic images."""
 
     @property
     def url(self) -> str:
@@ -49,6 +52,7 @@ def write_shards(
     seed: int = 5,
     tokens: bool = True,
     prefix: str = "",
+    token_dtype: str = "float16",
 ) -> HandMade:
     """Write train and test tars of two datasets; subjects see different numbers of rows.
 
@@ -56,7 +60,9 @@ def write_shards(
         images: training images per dataset.
         repetitions: most rows of an image; every subject has fewer of some images.
         synthetic: synthetic images of dataset alpha.
+        token_dtype: how tokens are stored: float16, bfloat16, int8.
     """
+    path.mkdir(exist_ok=True)
     made = HandMade(path)
     rng = np.random.Generator(np.random.PCG64(seed))
     images = images or {"alpha": 23, "beta": 10}
@@ -64,7 +70,10 @@ def write_shards(
     plans += [(dataset, "test", "measured", 3) for dataset in images]
     if synthetic:
         plans.append(("alpha", "train", "synthetic", synthetic))
-    sources = [_write_source(made, rng, repetitions, tokens, prefix, *plan) for plan in plans]
+    sources = [
+        _write_source(made, rng, repetitions, tokens and token_dtype, prefix, *plan)
+        for plan in plans
+    ]
     made.statistics = {
         "pooled_mean_E": rng.normal(size=POOLED_DIM).astype(np.float32),
         "pooled_scale": np.array(1.7, np.float32),
@@ -75,8 +84,39 @@ def write_shards(
     buffer = io.BytesIO()
     np.savez(buffer, **made.statistics)  # type: ignore[arg-type]
     (path / "targets.npz").write_bytes(buffer.getvalue())
-    _write_json(path / "manifest.json", _manifest(made, sources, tokens, buffer.getvalue()))
+    files = {"targets.npz": buffer.getvalue()}
+    for name in VOXELS if synthetic else ():
+        made.residual_std[name] = rng.uniform(0.5, 2.0, VOXELS[name]).astype(np.float32)
+        buffer = io.BytesIO()
+        np.savez(buffer, residual_std_V=made.residual_std[name])
+        files[_statistics_of(name)] = buffer.getvalue()
+        (path / "statistics").mkdir(exist_ok=True)
+        (path / _statistics_of(name)).write_bytes(buffer.getvalue())
+    manifest = _manifest(made, sources, tokens, files)
+    if tokens and token_dtype != "float16":
+        manifest["tokens"] = {"dtype": token_dtype, "max_abs_error": 0, "relative_error": 0}
+    _write_json(path / "manifest.json", manifest)
     return made
+
+
+def _statistics_of(subject: str) -> str:
+    return f"statistics/{subject.replace('/', '-')}.npz"
+
+
+def _stored(made: HandMade, uid: str, dtype: str) -> dict[str, NDArray[Any]]:
+    """Return the members that hold tokens whose stored values are exact."""
+    tokens = made.tokens[uid]
+    if dtype == "float16":
+        return {"tokens.npy": tokens}
+    if dtype == "bfloat16":
+        bits = (tokens.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        made.tokens[uid] = (bits.astype(np.uint32) << 16).view(np.float32)
+        return {"tokens.npy": bits}
+    scale = np.arange(1, len(tokens) + 1, dtype=np.float32) / 8
+    codes = np.clip(np.rint(tokens.astype(np.float32) / scale[:, None]), -127, 127).astype(np.int8)
+    made.tokens[uid] = codes.astype(np.float32) * scale[:, None]
+    # The scale comes last here: no reader may rely on the order of members.
+    return {"tokens.npy": codes, "tokens_scale.npy": scale}
 
 
 def edit_manifest(path: Path, **changes: Any) -> None:
@@ -89,7 +129,7 @@ def _write_source(
     made: HandMade,
     rng: np.random.Generator,
     repetitions: int,
-    tokens: bool,
+    tokens: str | bool,
     prefix: str,
     dataset: str,
     split: str,
@@ -112,7 +152,7 @@ def _write_source(
                 members = {"pooled.npy": made.pooled[uid]}
                 if tokens:
                     made.tokens.setdefault(uid, rng.normal(size=TOKEN_SHAPE).astype(np.float16))
-                    members["tokens.npy"] = made.tokens[uid]
+                    members |= _stored(made, uid, str(tokens))
                 infos: dict[str, list[dict[str, int]]] = {}
                 for place, subject in enumerate(subjects):
                     seen = 1 if kind == "synthetic" else max(0, repetitions - (image + place) % 3)
@@ -138,10 +178,11 @@ def _write_source(
                     "categories": [f"c{image % 2}"],
                     "rows": infos,
                 }
-                places = {}
+                places, crcs = {}, {}
                 for extension, value in members.items():
                     data = io.BytesIO()
                     np.save(data, value)
+                    crcs[extension] = zlib.crc32(data.getvalue())
                     places[extension] = _add(tar, buffer, f"{key}.{extension}", data.getvalue())
                 places["json"] = _add(tar, buffer, f"{key}.json", json.dumps(info).encode())
                 samples.append(
@@ -150,6 +191,7 @@ def _write_source(
                         "image_uid": uid,
                         "members": places,
                         "sessions": {s: [r["session"] for r in v] for s, v in infos.items()},
+                        "crc32": crcs,
                     }
                 )
         shards.append(write_tar(made.path, name, buffer.getvalue(), samples))
@@ -193,7 +235,7 @@ def _add(tar: tarfile.TarFile, buffer: io.BytesIO, name: str, data: bytes) -> tu
 
 
 def _manifest(
-    made: HandMade, sources: list[dict[str, Any]], tokens: bool, targets: bytes
+    made: HandMade, sources: list[dict[str, Any]], tokens: bool, files: dict[str, bytes]
 ) -> dict[str, Any]:
     return {
         "format": "dist-decoder-shards",
@@ -211,7 +253,7 @@ def _manifest(
                 "mask_fingerprint": name,
                 "unit": "z",
                 "normalise": "session",
-                "statistics": f"statistics/{name.replace('/', '-')}.npz",
+                "statistics": _statistics_of(name),
                 "holdout": name.endswith("held"),
                 "train_sessions": 1 if name.endswith("held") else None,
             }
@@ -220,7 +262,7 @@ def _manifest(
         "sources": sources,
         "licences": {},
         "citations": {},
-        "files": {"targets.npz": hashlib.sha256(targets).hexdigest()},
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         "produced_by": {},
     }
 

@@ -16,7 +16,8 @@ from hand_made import VOXELS, HandMade, edit_manifest, write_shards
 from dist_decoder.batch import Batch
 from dist_decoder.config.train import SourcesConfig
 from dist_decoder.data.loader import Loader
-from dist_decoder.data.samples import ResidentSamples, StreamedSamples
+from dist_decoder.data.samples import ResidentSamples
+from dist_decoder.data.streamed import StreamedSamples
 from dist_decoder.data.targets import image_ids
 from dist_decoder.errors import ConfigError, DataError, FormatError, RunError, StorageError
 
@@ -73,7 +74,7 @@ def global_steps(loaders: list[Loader], steps: int) -> list[list[Any]]:
 def test_shard_to_batch_gives_the_same_numbers(made: HandMade, cache_mb: float) -> None:
     loader = open_loader(made, cache_mb=cache_mb)
     kind = ResidentSamples if cache_mb == 64 else StreamedSamples
-    assert isinstance(loader._samples, kind)
+    assert isinstance(loader.reader.samples, kind)
     statistics = made.statistics
     for step in range(40):
         batch = next(loader)
@@ -187,13 +188,13 @@ def test_close_ends_the_threads_and_iterating_starts_them_again(made: HandMade) 
 
 def test_waiting_is_measured(made: HandMade, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = open_loader(made)
-    gather = loader._samples.gather
+    gather = loader.reader.samples.gather
 
-    def slow(visits: Any) -> Any:
+    def slow(visits: Any, out: Any) -> None:
         time.sleep(0.05)
-        return gather(visits)
+        gather(visits, out)
 
-    monkeypatch.setattr(loader._samples, "gather", slow)
+    monkeypatch.setattr(loader.reader.samples, "gather", slow)
     assert next(loader).wait_s >= 0.05
 
 
@@ -214,7 +215,7 @@ def test_workers_read_ahead(made: HandMade, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_cache_stays_below_its_limit(made: HandMade) -> None:
     loader = open_loader(made, cache_mb=0.002)
-    samples = loader._samples
+    samples = loader.reader.samples
     assert isinstance(samples, StreamedSamples)
     held = []
     for _ in range(60):
@@ -228,18 +229,16 @@ def test_the_cache_saves_reads(made: HandMade, monkeypatch: pytest.MonkeyPatch) 
     reads = {}
     for cache_mb in (0.0, 0.004):
         loader = open_loader(made, cache_mb=cache_mb)
-        samples = loader._samples
+        samples = loader.reader.samples
         assert isinstance(samples, StreamedSamples)
         count = [0]
-        read = samples._members.read
+        visit = samples._members.reader.visit_all
 
-        def counted(
-            shard: Any, wanted: Any, keep: bool, read: Any = read, count: Any = count
-        ) -> Any:
-            count[0] += len(wanted)
-            return read(shard, wanted, keep)
+        def counted(wanted: Any, visit: Any = visit, count: Any = count) -> Any:
+            count[0] += sum(len(items) for _, items in wanted)
+            return visit(wanted)
 
-        monkeypatch.setattr(samples._members, "read", counted)
+        monkeypatch.setattr(samples._members.reader, "visit_all", counted)
         for _ in range(30):
             next(loader)
         reads[cache_mb] = count[0]
@@ -285,6 +284,45 @@ def test_synthetic_rows(tmp_path: Path) -> None:
                     wanted = made.voxels[kind, name, key][int(row)].astype(np.float32)
                     assert batch.voxels[name][place].tolist() == wanted.tolist()
         assert synthetic == 48
+
+
+@pytest.mark.parametrize("token_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("cache_mb", [64, 0.002, 0])
+def test_tokens_in_fewer_bits(tmp_path: Path, token_dtype: str, cache_mb: float) -> None:
+    made = write_shards(tmp_path, token_dtype=token_dtype)
+    loader = open_loader(made, cache_mb=cache_mb)
+    for _ in range(12):
+        batch = next(loader)
+        assert batch.tokens_BTD is not None
+        for position, uid in enumerate(batch.image_uids):
+            wanted = made.tokens[uid] - made.statistics["tokens_mean_TD"]
+            got = batch.tokens_BTD[position].numpy()
+            np.testing.assert_array_equal(got, wanted / made.statistics["tokens_scale"])
+
+
+def test_large_tokens_in_fewer_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_decoder.data.streamed._LARGE_BYTES", 8)
+    test_tokens_in_fewer_bits(tmp_path / "a", "int8", 0)
+    test_tokens_in_fewer_bits(tmp_path / "b", "bfloat16", 0)
+    test_tokens_in_fewer_bits(tmp_path / "c", "int8", 0.002)
+
+
+def test_tokens_of_another_dtype_than_the_manifest_says(tmp_path: Path) -> None:
+    made = write_shards(tmp_path, token_dtype="bfloat16")
+    edit_manifest(tmp_path, tokens={"dtype": "float16", "max_abs_error": 0, "relative_error": 0})
+    with pytest.raises(DataError, match=r"'tokens.npy': dtype uint16, the manifest says a float"):
+        next(open_loader(made, cache_mb=0))
+
+
+def test_targets_travel_as_bfloat16(made: HandMade) -> None:
+    plain, short = next(open_loader(made)), next(open_loader(made, target_dtype="bfloat16"))
+    for name in ("pooled_BE", "tokens_BTD"):
+        wide, half = getattr(plain, name), getattr(short, name)
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(half, wide.to(torch.bfloat16))
+        there = getattr(short.to(torch.device("cpu")), name)
+        assert there.dtype == torch.float32
+        assert torch.equal(there, half.float())
 
 
 def test_image_ids_are_positive_and_fixed() -> None:

@@ -174,7 +174,8 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path, encoder: TokenEnc
         EmbeddingStore.open(config.store, encoder.id)
     embed(config)
     held = EmbeddingStore.open(config.store, encoder.id)
-    files = sorted(path for path in (held.path / "tokens" / "c").rglob("*") if path.is_file())
+    folder = Path(held.storage.describe())
+    files = sorted(path for path in (folder / "tokens" / "c").rglob("*") if path.is_file())
     data = files[1].read_bytes()
     files[1].write_bytes(data[: len(data) // 2])
     held.tokens(held.uids[:8])
@@ -183,7 +184,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path, encoder: TokenEnc
     files[1].unlink()
     with pytest.raises(FormatError, match="lacks rows"):
         held.tokens(held.uids)
-    (held.path / "uids.json").write_text("{")
+    (folder / "uids.json").write_text("{")
     with pytest.raises(FormatError, match="damaged"):
         EmbeddingStore.open(config.store, encoder.id)
 

@@ -104,7 +104,7 @@ def low_level_run(place: Path, name: str, shards: str, **loss: float) -> dict[st
         },
         "loss": loss,
         "optim": {"steps": 2, "warmup_steps": 0},
-        "log": {"trackers": [], "every_steps": 1},
+        "log": {"trackers": (), "every_steps": 1},
     }  # fmt: skip
     summary = train(TrainConfig.model_validate(values))
     assert summary is not None

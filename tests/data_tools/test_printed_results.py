@@ -40,11 +40,14 @@ def test_shard_tells_dead_voxels_and_missing_statistics() -> None:
     result = {
         "manifest": "c8a4", "shards": 13, "written": 4, "kept": 9, "images": 276, "rows": 1104,
         "bytes": 1433600, "dead_voxels": {"nsd/subj01": 3}, "fallback": {"god/sub-01": 2},
+        "tokens": {"dtype": "int8", "relative_error": 0.00712, "max_abs_error": 0.0153},
     }  # fmt: skip
     text = describe_shard(result)
     assert "13 tars, 1.4 MB: 276 images with 1104 rows; 4 written, 9 kept" in text
     assert "nsd/subj01: 3 voxels" in text
     assert "god/sub-01: 2 sessions" in text
+    assert "tokens as int8: relative error 0.0071" in text
+    assert "tokens" not in describe_shard({**result, "tokens": None})
 
 
 def test_qc_lists_flags_by_subject() -> None:

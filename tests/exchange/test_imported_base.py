@@ -61,7 +61,7 @@ def fine_tune(place: Path, name: str, **changes: Any) -> AdaptConfig:
         "lora": {"rank": 0, "full_modules": ["backbone", "tokens", "projector", "prior"]},
         "lrs": [1e-2],
         "optim": {"steps": 3, "warmup_steps": 1},
-        "log": {"trackers": [], "every_steps": 1},
+        "log": {"trackers": (), "every_steps": 1},
     }
     config = AdaptConfig.model_validate({**values, **changes})
     adapt(config)

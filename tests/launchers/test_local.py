@@ -436,6 +436,39 @@ def test_old_logs_are_kept_and_not_shown(tmp_path: Path) -> None:
     assert (tmp_path / "rank-0.log").read_text() == "of an earlier launch\nnew\n"
 
 
+def test_simulated_nodes_number_their_ranks(tmp_path: Path) -> None:
+    plans = plan_local(LocalConfig.model_validate({"nodes": 2, "ranks_per_node": 3}), ["true"])
+    found = [
+        [int(plan.env[name]) for name in ("RANK", "NODE_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+        for plan in plans
+    ]
+    assert found == [
+        [0, 0, 0, 3], [1, 0, 1, 3], [2, 0, 2, 3], [3, 1, 0, 3], [4, 1, 1, 3], [5, 1, 2, 3],
+    ]  # fmt: skip
+    assert {plan.env["WORLD_SIZE"] for plan in plans} == {"6"}
+
+
+@pytest.mark.parametrize(
+    "settings", [["nodes=3"], ["nodes=2", "ranks_per_node=2", "ranks=5"], ["nodes=2", "ranks=3"]]
+)
+def test_ranks_must_divide_over_the_nodes(settings: list[str]) -> None:
+    from dist_decoder.config import load_config
+
+    with pytest.raises(ConfigError, match=r"ranks="):
+        load_config(LocalConfig, None, settings)
+
+
+def test_logs_nobody_asked_for_stay_only_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert launch_local(LocalConfig(), ["true"], io.BytesIO()).log_dir is None
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(LaunchError):
+        launch_local(LocalConfig(), ["false"], io.BytesIO())
+    assert len(list(tmp_path.glob("dist-launch-*/rank-*.log"))) == 2
+
+
 def test_show_rank_must_exist() -> None:
     from dist_decoder.config import load_config
 

@@ -1,0 +1,234 @@
+"""One attempt of one task: ``python -m launchers.slurm.batch JOB_FOLDER`` in the batch script.
+
+It opens the ledger, makes sure that no earlier attempt still writes, starts the nodes with srun,
+judges how they ended, and asks SLURM to start the job again unless the end was final: SLURM itself
+does so after a lost node, but not after a killed rank or a reached time limit. Standard library
+only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_decoder.errors import LaunchError
+from launchers.slurm.controller import hosts_of, job_state, requeue
+from launchers.slurm.heartbeats import Heartbeats, wait_for_end
+from launchers.slurm.ledger import (
+    UNKNOWN_END,
+    Attempt,
+    begin_attempt,
+    end_attempt,
+    read_attempts,
+    stuck_attempts,
+)
+from launchers.slurm.node import NodeReport, RankExit
+from launchers.slurm.progress import progress_of
+from launchers.slurm.rendezvous import master_host, port_of
+from launchers.slurm.task import CANCELLED_NAME, Task, read_task
+from launchers.slurm.verdict import Verdict, judge
+
+_POLL_S = 0.5
+_AFTER_SRUN_S = 30
+"""Seconds beyond the grace that srun gets to end after a failure."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run one attempt; the exit code of the batch step."""
+    folder = Path(arguments[0]) / f"task-{int(os.environ.get('SLURM_ARRAY_TASK_ID', '0')):03d}"
+    task = read_task(folder)
+    return _Attempt(task, _say).run()
+
+
+@dataclass
+class _Signals:
+    """Set by the handler: SLURM ends this attempt (requeue, cancel, time limit, preemption)."""
+
+    terminated: bool = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.terminated = True
+
+
+class _Attempt:
+    def __init__(self, task: Task, say: Callable[[str], None]) -> None:
+        self.task, self.say = task, say
+        self.job_id = os.environ["SLURM_JOB_ID"]
+        self.signals = _Signals()
+        signal.signal(signal.SIGTERM, self.signals)
+
+    def run(self) -> int:
+        task = self.task
+        earlier = self._close_open()
+        before = progress_of(task.run)
+        mine = [item for item in earlier if item.job_id == self.job_id]
+        stuck = stuck_attempts(mine, before.saved)
+        if stuck >= task.attempts_without_progress:
+            return self._give_up(stuck, mine[-1])
+        self.number = earlier[-1].number + 1 if earlier else 1
+        hosts = hosts_of(os.environ["SLURM_JOB_NODELIST"])
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        begin_attempt(
+            task.path,
+            Attempt(
+                self.number, self.job_id, restarts, hosts, time.time(), before.saved, before.lost
+            ),
+        )
+        self.say(f"attempt {self.number} of {task.name}, job {self.job_id}, on {', '.join(hosts)}")
+        if task.run is not None and earlier:
+            self.say(f"goes on from step {before.saved or 0}; {before.lost} steps lost")
+        if earlier:
+            wait_for_end(task, earlier[-1], self.say)
+        self._start_and_watch(hosts)
+        reports, missing = self._reports(hosts)
+        verdict = judge(task, reports, missing)
+        self._tell(reports)
+        return self._act(verdict)
+
+    def _close_open(self) -> list[Attempt]:
+        attempts = read_attempts(self.task.path)
+        if attempts and attempts[-1].is_open:
+            saved = progress_of(self.task.run).saved
+            end_attempt(self.task.path, attempts[-1].number, "lost", UNKNOWN_END, saved)
+            attempts = read_attempts(self.task.path)
+        return attempts
+
+    def _give_up(self, stuck: int, last: Attempt) -> int:
+        reason = (
+            f"{stuck} attempts in a row reached no newer checkpoint; the last one ended: "
+            f"{last.reason or last.outcome}"
+        )
+        end_attempt(self.task.path, last.number, "failed", reason, last.saved_after)
+        self.say(f"error: {reason}. Nothing is started again; find the cause, then submit again")
+        return 1
+
+    def _start_and_watch(self, hosts: tuple[str, ...]) -> None:
+        task, place = self.task, self.task.attempt_folder(self.number)
+        address = master_host(task.master_host, hosts[0])
+        port = port_of(self.job_id, self.number)
+        node = [
+            sys.executable, "-P", "-m", "launchers.slurm.node",
+            task.folder, str(self.number), address, str(port),
+        ]  # fmt: skip
+        # A node that does not see the folder would only say "No module named launchers".
+        check = (
+            'test -r "$0" || { echo "error: $0 is not visible on $(hostname): put the run folder '
+            'on a file system that all nodes see" >&2; exit 2; }; exec "$@"'
+        )
+        command = [
+            "srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1",
+            f"--cpus-per-task={task.cpus_per_rank * task.ranks_per_node}",
+            "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", "--export=ALL",
+            "sh", "-c", check, str(task.path / "plan.json"), *node,
+        ]  # fmt: skip
+        if self.signals.terminated:
+            return
+        srun = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        beats = Heartbeats(place, len(hosts), task.lost_after_s)
+        failed_at: float | None = None
+        while srun.poll() is None:
+            time.sleep(_POLL_S)
+            lost = beats.lost_nodes()
+            if lost:
+                names = ", ".join(hosts[node] for node in lost)
+                self.say(
+                    f"{names}: no sign of life for {task.lost_after_s:g} s; ending the attempt"
+                )
+                _end(srun, task.grace_s)
+                return
+            if failed_at is None and any(place.glob("failed-*")):
+                failed_at = time.monotonic()
+            if failed_at is not None and (
+                time.monotonic() > failed_at + task.grace_s + _AFTER_SRUN_S
+            ):
+                self.say("the other ranks did not end after a failure; ending the attempt")
+                _end(srun, task.grace_s)
+                return
+
+    def _reports(self, hosts: tuple[str, ...]) -> tuple[list[NodeReport], list[str]]:
+        reports, missing = [], []
+        for node, host in enumerate(hosts):
+            path = self.task.attempt_folder(self.number) / f"node-{node}.json"
+            try:
+                values = json.loads(path.read_text())
+            except FileNotFoundError:
+                missing.append(host)
+                continue
+            values["exits"] = tuple(RankExit(**end) for end in values["exits"])
+            for key in ("signals", "lines"):
+                values[key] = tuple(values[key])
+            reports.append(NodeReport(**values))
+        return reports, missing
+
+    def _tell(self, reports: list[NodeReport]) -> None:
+        failed = [
+            (end.time, end, report) for report in reports for end in report.exits if end.code != 0
+        ]
+        if not failed:
+            return
+        _, first, report = min(failed, key=lambda item: item[0])
+        self.say(f"rank {first.rank} on {report.host} ended first; its last lines:")
+        for line in report.lines:
+            self.say(f"| {line}")
+
+    def _act(self, verdict: Verdict) -> int:
+        task = self.task
+        saved = progress_of(task.run).saved
+        if (task.path / CANCELLED_NAME).exists():
+            return self._end("cancelled", "cancelled by dist-launch cancel", saved, 1)
+        if verdict.outcome == "done":
+            return self._end("done", verdict.reason, saved, 0)
+        state = job_state(self.job_id) if self.signals.terminated else ""
+        if state == "CANCELLED":
+            return self._end("cancelled", "cancelled by scancel", saved, 1)
+        if self.signals.terminated and state != "TIMEOUT":
+            # SLURM has taken the job back and starts it again by itself.
+            return self._end("requeued", f"taken back by SLURM: {verdict.reason}", saved, 0)
+        if verdict.outcome == "failed":
+            return self._end("failed", verdict.reason, saved, verdict.exit_code)
+        attempts = [item for item in read_attempts(task.path) if item.job_id == self.job_id]
+        stuck = stuck_attempts(attempts, saved)
+        if stuck >= task.attempts_without_progress:
+            end_attempt(task.path, self.number, "failed", verdict.reason, saved)
+            return self._give_up(stuck, read_attempts(task.path)[-1])
+        reason = f"time limit: {verdict.reason}" if state == "TIMEOUT" else verdict.reason
+        self._end("requeued", reason, saved, 0)
+        requeue(self.job_id)
+        # SLURM ends this step by itself; an exit of ours would decide about dependent jobs.
+        time.sleep(120)
+        return 1
+
+    def _end(self, outcome: str, reason: str, saved: int | None, code: int) -> int:
+        end_attempt(self.task.path, self.number, outcome, reason, saved)
+        at = f" at step {saved}" if saved is not None else ""
+        self.say(f"attempt {self.number} {outcome}{at}: {reason}")
+        return code
+
+
+def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
+    process.terminate()
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"[dist-launch] {text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except LaunchError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_code)
