@@ -30,7 +30,7 @@ LAUNCH := $(PYTHON) -m launchers local
 # One thread a process: two ranks share two cores, and sums come out in the same order anywhere.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo miyawaki2008 test test-slow test-object-store object-store lint format bench \
+.PHONY: help setup demo miyawaki2008 test test-slow test-object-store object-store test-slurm slurm lint format bench \
   clean
 
 help:  ## show this list
@@ -106,6 +106,12 @@ object-store:  ## install a real S3 server (Ceph's radosgw; Debian, root) for th
 
 test-object-store: $(INSTALLED)  ## loader and shard writer against that server, with planted faults
 	$(PYTHON) -m pytest -m s3
+
+slurm:  ## install a real SLURM (Debian, root) for the next target
+	sh tests/slurm/install.sh
+
+test-slurm: $(INSTALLED)  ## jobs on that SLURM: requeue, preemption, dead nodes (a quarter of an hour)
+	$(PYTHON) -m pytest -m slurm tests/slurm
 
 lint: $(INSTALLED)  ## ruff (rules and format) and mypy
 	$(PYTHON) -m ruff check .

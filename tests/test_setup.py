@@ -83,13 +83,15 @@ def test_extras(setup_cfg: configparser.ConfigParser) -> None:
     assert {"recon", "slurm", "object-store", "report", "test", "all"} <= set(extras)
     everything = requirements(setup_cfg, "all")
     for extra in extras:
-        assert set(requirements(setup_cfg, extra)) <= set(everything), f"{extra} is not in all"
+        # Weights & Biases brings twenty packages for a tracker that few need.
+        if extra != "wandb":
+            assert set(requirements(setup_cfg, extra)) <= set(everything), f"{extra} is not in all"
         assert len(requirements(setup_cfg, extra)) > len(requirements(setup_cfg)), f"{extra}: empty"
 
 
 def test_everything_imported_is_declared(setup_cfg: configparser.ConfigParser) -> None:
     distributions = metadata.packages_distributions()
-    declared = set(requirements(setup_cfg, "all"))
+    declared = set(requirements(setup_cfg, "all", "wandb"))
     undeclared = set()
     for file in library_files():
         for node in ast.walk(ast.parse(file.read_text())):
