@@ -29,7 +29,7 @@ from dist_decoder.losses.classes import alike, triplet_alignment
 from dist_decoder.losses.contrastive import cosine_similarity, symmetric_contrastive
 from dist_decoder.losses.mixing import Mixture, mix
 from dist_decoder.losses.mixing import bimixco as mixed_contrastive
-from dist_decoder.losses.perturbation import perturb_subject
+from dist_decoder.losses.perturbation import donor_spread, perturb_subject
 from dist_decoder.losses.schedules import softclip_temperature
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.diffusion import DiffusionPrior, make_scheduler
@@ -288,7 +288,12 @@ def sdp(x: Array, labels: Array, mu: Array, var: Array, scale: float) -> Array:
     known = labels >= 0
     mean, variance = (torch.from_numpy(values[np.maximum(labels, 0)]) for values in (mu, var))
     return perturb_subject(
-        torch.from_numpy(x), mean, variance, torch.from_numpy(known), scale
+        torch.from_numpy(x),
+        mean,
+        donor_spread(variance),
+        torch.from_numpy(known),
+        scale,
+        x.shape[1],
     ).numpy()
 
 

@@ -13,6 +13,11 @@ from dist_decoder.losses.contrastive import Total, whole
 _SMALLEST_SPREAD = 1e-6
 
 
+def donor_spread(variance_TD: Tensor) -> Tensor:
+    """Return sigma_donor (..., D): the mean over tokens of the SD of (..., T, D) variances."""
+    return variance_TD.clamp_min(0).sqrt().mean(dim=-2)
+
+
 def perturb_subject(
     tokens_BtD: Tensor,
     mean_BtD: Tensor,
@@ -30,7 +35,7 @@ def perturb_subject(
     Args:
         tokens_BtD: this rank's tokens of all samples.
         mean_BtD: mean of each row's class over the source subjects.
-        donor_BD: sigma_donor, of all tokens.
+        donor_BD: sigma_donor, of all tokens; see ``donor_spread``.
         chosen_B: boolean; the other rows are returned as they are.
         strength: s in [0, 1].
         num_tokens: T, at least 2.

@@ -19,7 +19,7 @@ from dist_decoder.dist import World
 from dist_decoder.errors import CheckpointError, ConfigError, DataError
 from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.objective import ClassInputs
-from dist_decoder.losses.perturbation import perturb_subject
+from dist_decoder.losses.perturbation import donor_spread, perturb_subject
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.keyed import SampleKeys
 from dist_decoder.stats.classes import ClassStatistics
@@ -194,7 +194,7 @@ class ClassTerms:
         variance[:, mine] = statistics.variance_SCTD[:, theirs]
         donors[mine] = (statistics.counts_SC[:, theirs] >= 2).transpose(1, 0)
         self._mean_CTD = torch.from_numpy(mean)
-        self._spread_SCD = torch.from_numpy(variance).clamp_min(0).sqrt().mean(dim=2)
+        self._spread_SCD = donor_spread(torch.from_numpy(variance))
         self._donors_CS = torch.from_numpy(donors)
         self._spread_known_C = self._donors_CS.any(dim=1)
 
