@@ -141,7 +141,7 @@ class Workplace:
 def final_parameters(run: Path, step: int = STEPS) -> dict[str, Any]:
     """Return all tensors of the last checkpoint by name, whatever number of ranks wrote them."""
     tensors: dict[str, Any] = {}
-    for path in sorted((run / "checkpoints" / f"step-{step:07d}").glob("*.safetensors")):
+    for path in sorted((run / "checkpoints" / f"step-{step:07d}").rglob("*.safetensors")):
         tensors |= load_file(path)
     assert tensors
     return tensors
