@@ -122,9 +122,9 @@ format: $(INSTALLED)  ## let ruff mend what it can
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-# benchmarks/adaptation_recipes.py and prior_against_shuffled.py take folders: their --help says which.
-BENCHMARKS := $(filter-out benchmarks/adaptation_recipes.py benchmarks/prior_against_shuffled.py, \
-  $(wildcard benchmarks/*.py))
+# Some need a folder, a run, or a server, which their --help names; and some files are their parts.
+BENCHMARKS := $(addprefix benchmarks/, fit_table.py ingest_nsd_session.py shard_layout.py loader.py \
+  peak_memory.py loss_memory.py replicated_step.py train_step.py checkpoint_stall.py)
 bench: $(INSTALLED)  ## run the benchmarks; figures go to stdout
 	for benchmark in $(BENCHMARKS); do PYTHONPATH=. $(PYTHON) "$$benchmark"; done
 
