@@ -13,7 +13,11 @@ HERE = Path(__file__).resolve().parent
 
 def run_until_killed(code: str, output: Path, signal_name: str) -> None:
     """Run ``code`` (which knows ``output``) until it prints a line, then send the signal."""
-    head = f"import time\nfrom pathlib import Path\noutput = Path({str(output)!r})\n"
+    head = (
+        f"import signal, time\nfrom pathlib import Path\noutput = Path({str(output)!r})\n"
+        # A shell's background jobs, and their children, ignore SIGINT until they are told not to.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    )
     path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-c", head + textwrap.dedent(code)],
