@@ -4,6 +4,7 @@ import json
 import resource
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,6 @@ def world() -> World:
     return dist.start("cpu")
 
 
-@pytest.fixture(autouse=True)
-def unlimited() -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 class Disturbed(MadeBatches):
     """Calls something before the batch of some steps."""
 
@@ -62,6 +56,15 @@ def limit_files(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
+@contextmanager
+def lifted_afterwards() -> Iterator[None]:
+    """Lift the limit before pytest writes its next line, which may go to a file as well."""
+    try:
+        yield
+    finally:
+        limit_files(ENOUGH)
+
+
 def job_with(folder: Path, world: World, at: dict[int, Any], **checkpoint: Any) -> Any:
     return made_job(
         folder, world, steps=8, batches=lambda step, needed: Disturbed(step, dict(at)),
@@ -78,10 +81,9 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     world: World, tmp_path: Path, asynchronous: bool
 ) -> None:
     at = {3: lambda: limit_files(TOO_LITTLE)}
-    with pytest.raises(StorageError) as caught:
+    with lifted_afterwards(), pytest.raises(StorageError) as caught:
         fit(job_with(tmp_path, world, at, asynchronous=asynchronous), world)
     assert any("the last good one stays" in note for note in caught.value.__notes__)
-    limit_files(ENOUGH)
     assert [row.step for row in list_checkpoints(tmp_path)] == [2]
     assert verify(find_checkpoint(tmp_path))["problems"] == []
     assert fit(job_with(tmp_path, world, {}), world)["step"] == 8
@@ -92,14 +94,15 @@ def test_training_may_go_on_without_a_checkpoint(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at = {3: lambda: limit_files(TOO_LITTLE), 5: lambda: limit_files(ENOUGH)}
-    fit(job_with(tmp_path, world, at, on_failure="continue"), world)
+    with lifted_afterwards():
+        fit(job_with(tmp_path, world, at, on_failure="continue"), world)
     assert steps_of(tmp_path) == [2, 6, 8]
     assert "step 4: the checkpoint could not be written" in capsys.readouterr().err
 
 
 def test_the_last_save_of_a_run_must_succeed(world: World, tmp_path: Path) -> None:
     at = {7: lambda: limit_files(TOO_LITTLE)}
-    with pytest.raises(StorageError):
+    with lifted_afterwards(), pytest.raises(StorageError):
         fit(job_with(tmp_path, world, at, on_failure="continue"), world)
     assert steps_of(tmp_path) == [2, 4, 6]
 
