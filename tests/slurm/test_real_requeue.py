@@ -80,7 +80,9 @@ def test_a_job_goes_on_by_itself(
     record_property: Callable[[str, object], None],
 ) -> None:
     submitted = time.time()
-    job_id = place.submit("launch.nodes=2")
+    # Limits are whole minutes, and the job takes less: its signal must come early in the minute.
+    early = ["launch.signal_delay_s=50"] if fault is reach_time_limit else []
+    job_id = place.submit("launch.nodes=2", *early)
     place.wait_for_step(_FAULT_AT)
     fault(place, job_id)
     begun = time.time()
