@@ -8,8 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from dist_decoder.config.base import Section
-from dist_decoder.config.commandline import VerbCommand, make_app, run_app, run_verb
+from dist_decoder.config.commandline import VerbCommand, make_app, run_app, run_plain, run_verb
 from dist_decoder.config.launch import FolderConfig, LocalConfig, SlurmConfig
 from launchers.local import LaunchResult, launch_local
 from launchers.plan import plan_local
@@ -121,7 +120,7 @@ def slurm(
         values = read_launch(config, overrides or (), command, site)
         return preview(values, command) if dry_run else submit(values, command)
 
-    _run_plain(launch, json_output, _render_slurm)
+    run_plain(launch, json_output, _render_slurm)
 
 
 _RUN = typer.Argument(..., metavar="RUN", help="Run folder, or the folder of a launch.")
@@ -142,7 +141,7 @@ def status(run: str = _RUN, json_output: bool = _JSON) -> None:
 
         return text(result)
 
-    _run_plain(show, json_output, render)
+    run_plain(show, json_output, render)
 
 
 @app.command("logs")
@@ -162,7 +161,7 @@ def logs(
 
         show_logs(Path(run), job, task, rank, attempt, lines, follow, sys.stdout)
 
-    _run_plain(show)
+    run_plain(show)
 
 
 @app.command("cancel")
@@ -174,16 +173,7 @@ def cancel(run: str = _RUN, json_output: bool = _JSON) -> None:
 
         return cancel_launch(Path(run))
 
-    _run_plain(end, json_output)
-
-
-def _run_plain(function: Any, json_output: bool = False, render: Any = None) -> None:
-    """Run a verb that reads its configuration itself, with the errors of all verbs."""
-
-    class Nothing(Section):
-        pass
-
-    run_verb(Nothing, function, None, (), json_output, config_required=False, render=render)
+    run_plain(end, json_output)
 
 
 def _render_slurm(result: Any) -> str:

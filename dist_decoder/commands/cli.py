@@ -15,7 +15,14 @@ from dist_decoder.config.checkpoint import (
     CheckpointListConfig,
     CheckpointVerifyConfig,
 )
-from dist_decoder.config.commandline import VerbCommand, add_verb, make_app, run_app, run_verb
+from dist_decoder.config.commandline import (
+    VerbCommand,
+    add_verb,
+    make_app,
+    run_app,
+    run_plain,
+    run_verb,
+)
 from dist_decoder.config.doctor import DoctorConfig
 from dist_decoder.config.estimate import EstimateConfig
 from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig, ReportConfig
@@ -292,16 +299,7 @@ def show_config(
 
         print_config(config, tuple(overrides or ()), deepspeed, ranks)
 
-    _run_plain(show)
-
-
-def _run_plain(function: Any) -> None:
-    """Run a verb that reads its configuration itself, with the errors of all verbs."""
-
-    class Nothing(Section):
-        pass
-
-    run_verb(Nothing, function, None, config_required=False)
+    run_plain(show)
 
 
 def main() -> NoReturn:

@@ -177,6 +177,19 @@ class VerbCommand(TyperCommand):
                 formatter.write_text("Keys of the other verbs may stand in the same file.")
 
 
+class _Nothing(Section):
+    """The configuration of a verb that reads its own."""
+
+
+def run_plain(
+    function: Callable[[Any], Any],
+    json_output: bool = False,
+    render: Callable[[Any], str] | None = None,
+) -> None:
+    """Run a verb that reads its configuration itself, with the errors of all verbs."""
+    run_verb(_Nothing, function, None, (), json_output, config_required=False, render=render)
+
+
 def run_verb(
     schema: type[ConfigT],
     function: str | Verb,

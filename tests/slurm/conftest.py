@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     missing = missing_programs()
     if missing or os.geteuid() != 0:
         pytest.skip(f"needs root and tests/slurm/install.sh (missing: {', '.join(missing)})")
+    # Whoever ends the tests by SIGTERM must not leave daemons and namespaces behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Paths of sockets may not be longer than about 100 characters.
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         running = Cluster(Path(folder)).start()
