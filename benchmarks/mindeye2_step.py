@@ -30,8 +30,8 @@ from dist_decoder.losses.objective import Inputs, active_terms, objective
 from dist_decoder.nn.backbone import MindEye2Mixer
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.keyed import SampleKeys
-from dist_decoder.train.engine import deepspeed_config, import_deepspeed
 from dist_decoder.train.optimizer import make_optimizer, set_schedule
+from dist_decoder.train.zero import deepspeed_config, import_deepspeed
 
 PATCH = 14
 _HEAD_DIM = 104

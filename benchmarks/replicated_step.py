@@ -39,9 +39,10 @@ from dist_decoder.estimate.estimate import estimate
 from dist_decoder.losses.objective import Inputs, active_terms, objective
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.keyed import SampleKeys
-from dist_decoder.train.engine import Engine, deepspeed_config, import_deepspeed
+from dist_decoder.train.engine import Engine
 from dist_decoder.train.optimizer import make_optimizer, set_schedule
 from dist_decoder.train.step import Plan, compute_losses
+from dist_decoder.train.zero import deepspeed_config, import_deepspeed
 
 LATENTS, TOKENS, WIDTH, POOLED, OWN = 512, 64, 256, 128, 8
 SUBJECTS = {f"own/s{number}": 1500 for number in range(4)}

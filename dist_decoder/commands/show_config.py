@@ -25,6 +25,6 @@ def show(config: str, overrides: tuple[str, ...], deepspeed: bool, ranks: int) -
     if not deepspeed:
         typer.echo(to_yaml(values), nl=False)
         return
-    from dist_decoder.train.engine import deepspeed_config
+    from dist_decoder.train.zero import deepspeed_config
 
     typer.echo(json.dumps(deepspeed_config(values.engine, values.optim, ranks), indent=2))

@@ -16,10 +16,10 @@ from dist_decoder.errors import CheckpointError, StorageError
 from dist_decoder.storage import atomic_write_bytes, atomic_write_json
 from dist_decoder.train.canonical import StateReader
 from dist_decoder.train.checkpoint import CheckpointDocument, make_decoder, read_checked
-from dist_decoder.train.engine import deepspeed_config, import_deepspeed
 from dist_decoder.train.fragments import DeepSpeedState
 from dist_decoder.train.optimizer import make_optimizer
 from dist_decoder.train.places import Place, fingerprint_of
+from dist_decoder.train.zero import deepspeed_config, import_deepspeed
 
 _MB = 1 << 20
 
@@ -127,7 +127,7 @@ def _write_deepspeed(
     kinds = ("master", "exp_avg", "exp_avg_sq", *(("ema",) if document.ema else ()))
     own: dict[str, Tensor] = {name: p for name, p in parameters.items() if name in trained}
     state = DeepSpeedState(engine, own, config.zero_stage, kinds, world)
-    state.load(reader.read, document.step - document.progress.skipped_steps)
+    state.load(reader.read, document.updates)
     engine.global_steps = document.step
     tag = f"global_step{document.step}"
     engine.save_checkpoint(str(config.output), tag=tag, client_state={"step": document.step})

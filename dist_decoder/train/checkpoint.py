@@ -57,7 +57,9 @@ class Progress(Section):
     """
 
     skipped_steps: int = 0
-    """Steps whose loss was not finite; the optimizer has made so many updates less."""
+    """Steps whose loss or gradient was not finite; they changed nothing."""
+    overflow_steps: int = 0
+    """Steps that were not taken because fp16's loss scale was too large."""
     loss_scaler: dict[str, float] = {}
     """Of dynamic loss scaling; empty without it."""
     patience: dict[str, float] = {}
@@ -85,6 +87,11 @@ class CheckpointDocument(Section):
     base: BaseInfo | None = None
     lora: LoraConfig | None = None
     progress: Progress = Progress()
+
+    @property
+    def updates(self) -> int:
+        """How many steps the optimizer has taken."""
+        return self.step - self.progress.skipped_steps - self.progress.overflow_steps
 
 
 @dataclass(frozen=True)

@@ -82,28 +82,41 @@ class ShardedEnds:
                 group["params"] = [master_of[id(p)] for p in group["params"]]
             self.optimizer.start_state(self.masters.values())
 
-    def square_norm(self) -> float:
+    def collect(self) -> None:
+        """Take the gradients of one ``backward``; in narrow precision they are added in float32."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if parameter.grad is None or master is parameter:
+                continue
+            grad = parameter.grad.float()
+            master.grad = grad if master.grad is None else master.grad + grad
+            parameter.grad = None
+
+    def square_norm(self, scale: float = 1.0) -> float:
         """Return the squared norm of the gradient over all ranks; a collective call.
 
-        Before it, ``backward`` of the loss times the world size must have run on every rank.
+        Before it, ``backward`` of the loss times the world size and ``scale`` must have run on
+        every rank, and ``collect``. The gradients are freed of both.
         """
-        for name, parameter in self.parameters.items():
-            grad = parameter.grad
-            if grad is None:
-                grad = torch.zeros_like(parameter)
-            grad = grad.float()
-            if self.world.size > 1:
-                if not is_cut(name):
-                    grad = sum_over_ranks(grad, self.world)
-                grad = grad / self.world.size
-            parameter.grad = None
-            self.masters[name].grad = grad
+        divisor = self.world.size * scale
+        for name, master in self.masters.items():
+            grad = torch.zeros_like(master) if master.grad is None else master.grad
+            if self.world.size > 1 and not is_cut(name):
+                grad = sum_over_ranks(grad, self.world)
+            master.grad = grad if divisor == 1 else grad / divisor
         device = self.world.device
         squares = {True: torch.zeros((), device=device), False: torch.zeros((), device=device)}
         for name, master in self.masters.items():
             assert master.grad is not None
             squares[is_cut(name)] += master.grad.square().sum()
         return float(sum_over_ranks(squares[True], self.world) + squares[False])
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what this rank counts of the gradients, between ``square_norm`` and ``update``."""
+        for name, master in self.masters.items():
+            if is_cut(name) or self.world.is_first:
+                assert master.grad is not None
+                yield name, master.grad
 
     @torch.no_grad()
     def update(self, norm: float, step: int) -> None:

@@ -7,10 +7,7 @@ it would overwrite every rank's part with that of rank 0.
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,45 +16,19 @@ from torch import Tensor
 
 from dist_decoder.config.train import EngineConfig, OptimConfig
 from dist_decoder.dist import World
+from dist_decoder.errors import ConfigError
 from dist_decoder.nn.decoder import Decoder
+from dist_decoder.train.compiled import compile_parts
 from dist_decoder.train.ends import PREFIX as ENDS_PREFIX
 from dist_decoder.train.ends import ShardedEnds, clip_factor
 from dist_decoder.train.fragments import DeepSpeedState
+from dist_decoder.train.loss_scale import LossScale
+from dist_decoder.train.norms import part_norms
 from dist_decoder.train.optimizer import AveragingAdamW, make_optimizer, set_schedule
 from dist_decoder.train.slices import Read, Slice
+from dist_decoder.train.zero import deepspeed_config, import_deepspeed
 
-_BUCKET_ELEMENTS = 50_000_000
-"""Elements per reduction; stages 1-3 hold one buffer of this size."""
-_NEVER = 10**9
-
-
-def deepspeed_config(engine: EngineConfig, optim: OptimConfig, world_size: int) -> dict[str, Any]:
-    """Return the DeepSpeed JSON that follows from our configuration.
-
-    The batch sizes in it only satisfy DeepSpeed's checks: losses are already means over the
-    global batch. At stage 0 clipping happens in ``Engine``, because DeepSpeed has no norm there
-    that could be replaced by the norm over middle and ends.
-    """
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": world_size,
-        "steps_per_print": _NEVER,
-        "wall_clock_breakdown": False,
-        "gradient_clipping": 0.0 if engine.zero_stage == 0 else optim.clip_norm,
-        # Otherwise bf16 steps on gradients that are not finite.
-        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": True},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": engine.zero_stage,
-            "contiguous_gradients": True,
-            "overlap_comm": False,
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
-            # As shipped, stages 1 and 2 all-reduce whole buckets: 1.5 times the bytes.
-            "use_multi_rank_bucket_allreduce": False,
-        },
-    }
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine:
@@ -66,13 +37,27 @@ class Engine:
     def __init__(
         self, decoder: Decoder, engine: EngineConfig, optim: OptimConfig, world: World
     ) -> None:
-        """Hand the decoder over. Its weights must have their start values, in float32."""
+        """Hand the decoder over. Its weights must have their start values, in float32.
+
+        Raises:
+            ConfigError: the device does not compute in this precision, or the parts cannot be
+                compiled so.
+        """
+        check_precision(engine, world.device)
+        compile_parts(decoder, engine)
         self.world = world
         self.config = engine
         self.optim = optim
         self.decoder = decoder
         self.names = [name for name, p in decoder.named_parameters() if p.requires_grad]
-        dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+        dtype = _DTYPES[engine.precision]
+        self.loss_scale: LossScale | None = None
+        if engine.precision == "fp16":
+            self.loss_scale = LossScale(engine.loss_scale, engine.loss_scale_window)
+        self.overflowed = False
+        """Whether the last step was not taken because of the loss scale."""
+        self.part_norms: dict[str, float] = {}
+        """Gradient norms of the last step that was asked for them."""
         self.ends = ShardedEnds(decoder, optim, world, dtype)
         self._parameters = {
             name: p
@@ -84,7 +69,7 @@ class Engine:
             decoder.middle.to(dtype)
             return
         exact = {}
-        if engine.precision == "bf16":
+        if dtype != torch.float32:
             exact = {name: p.detach().clone() for name, p in self._parameters.items()}
         self.deepspeed, *_ = import_deepspeed(world.device).initialize(
             model=decoder.middle,
@@ -111,6 +96,11 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         return self.decoder(*args, middle=self.deepspeed, **kwargs)
 
+    @property
+    def scale(self) -> float:
+        """What gradients are multiplied by on their way; 1 without loss scaling."""
+        return 1.0 if self.loss_scale is None else self.loss_scale.value
+
     def update(self, loss: Tensor, step: int) -> float:
         """Take one optimizer step down ``loss`` and return the global gradient norm.
 
@@ -119,16 +109,53 @@ class Engine:
             step: global step, 0-based; sets the learning rate.
 
         Returns:
-            The norm over all parameters before clipping. If it is not finite, nothing was changed.
+            See ``step``.
+        """
+        self.backward(loss if self.loss_scale is None else loss * self.scale)
+        return self.step(step)
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add the gradient of ``loss`` up.
+
+        Args:
+            loss: this rank's part, times the world size and ``scale``.
+            last: no other micro-batch of this step follows.
         """
         if self.deepspeed is None:
             loss.backward()
         else:
+            self.deepspeed.set_gradient_accumulation_boundary(last)
             self.deepspeed.backward(loss)
-        norm = math.sqrt(self.ends.square_norm() + self._middle_norm() ** 2)
+        self.ends.collect()
+
+    def step(self, step: int, usable: bool = True, by_part: bool = False) -> float:
+        """Take one optimizer step down the gradients of ``backward``; a collective call.
+
+        Args:
+            step: global step, 0-based; sets the learning rate.
+            usable: False throws the gradients away.
+            by_part: find ``part_norms`` too.
+
+        Returns:
+            The norm over all parameters before clipping. If it is not finite, nothing was changed;
+            ``overflowed`` says whether the loss scale was the reason.
+        """
+        scale = self.scale
+        norm = math.sqrt(self.ends.square_norm(scale) + (self._middle_norm() / scale) ** 2)
+        if by_part:
+            self.part_norms = part_norms(self._gradients(), self.names, self.world, scale)
+        if not usable:
+            norm = math.nan
         self.ends.update(norm, step)
         self._update_middle(norm, step)
+        self.overflowed = usable and self.loss_scale is not None and self.loss_scale.update(norm)
         return norm
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, gradient in self.ends.gradients():
+            yield name, gradient * self.scale
+        if self.deepspeed is not None:
+            yield from self._state.gradients()
 
     def _middle_norm(self) -> float:
         """Return the norm of the middle's averaged gradient, NaN if it is not finite."""
@@ -156,15 +183,25 @@ class Engine:
                 self.deepspeed.zero_grad()
                 return
             factor = clip_factor(norm, self.optim.clip_norm)
-            for parameter in self._parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+            if self.loss_scale is not None:
+                # Divided out of the float32 copies: in fp16 small gradients would vanish.
+                outer.loss_scale_config.cur_scale = self.scale / factor
+            else:
+                for parameter in self._parameters.values():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
         else:
             # DeepSpeed clips by the norm of what it sees; -1 is its word for not finite.
-            joint = torch.tensor(norm if finite else -1.0, device=self.world.device)
+            scaled = norm * self.scale if finite else -1.0
+            joint = torch.tensor(scaled, device=self.world.device)
             outer.scaled_global_norm = lambda norm_type=2: joint
             outer._get_norm_groups = lambda: [joint]
+            if self.loss_scale is not None:
+                outer.loss_scaler.cur_scale = self.scale
         self.deepspeed.step()
+        if self.loss_scale is not None and self.config.zero_stage > 0:
+            # The loss is scaled before DeepSpeed sees it.
+            outer.loss_scaler.cur_scale = 1.0
 
     def read(self, name: str) -> dict[str, Tensor]:
         """Return the whole float32 tensors of a trainable parameter by kind. A collective call."""
@@ -212,13 +249,13 @@ class Engine:
             self._state.load(read, step)
 
     def scaler(self) -> dict[str, float]:
-        """Return the state of a dynamic loss scaler; empty without one."""
-        return {} if self.deepspeed is None else self._state.scaler()
+        """Return the state of the loss scale; empty without one."""
+        return {} if self.loss_scale is None else self.loss_scale.state()
 
     def load_scaler(self, state: Mapping[str, float]) -> None:
-        """Go on with a loss scaler where ``scaler`` left it."""
-        if self.deepspeed is not None:
-            self._state.load_scaler(state)
+        """Go on with the loss scale where ``scaler`` left it."""
+        if self.loss_scale is not None:
+            self.loss_scale.load(state)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks down; without this a rank on CPU may abort while it exits."""
@@ -235,7 +272,7 @@ class Engine:
     def _start(self, exact: dict[str, Tensor]) -> None:
         self.optimizer.start_state(self._state.flat_masters())
         self._state.link()
-        # bf16 masters were made from rounded weights: give them the exact ones.
+        # Narrow masters were made from rounded weights: give them the exact ones.
         for fragment in self._state.fragments() if exact else ():
             whole = exact[fragment.name].flatten()
             for kind in set(fragment.values) & {"master", "ema"}:
@@ -243,20 +280,19 @@ class Engine:
                 values_n.copy_(whole.narrow(0, fragment.start, values_n.numel()))
 
 
-def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed quietly and without its just-in-time C++ build."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that torch is about to retire.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
+def check_precision(config: EngineConfig, device: torch.device) -> None:
+    """Refuse a precision that the device does not compute in.
 
-    logger.setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    return deepspeed
+    Raises:
+        ConfigError: fp16 on a CPU without it.
+    """
+    if config.precision != "fp16":
+        return
+    import_deepspeed(device)
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"engine.precision=fp16 but this {device.type} device does not train in fp16: use "
+            "engine.precision=bf16, which needs no loss scale, or fp32"
+        )

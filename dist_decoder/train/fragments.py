@@ -8,7 +8,6 @@ gathered or copied.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,6 @@ from torch import Tensor
 from dist_decoder.dist import World
 from dist_decoder.train.optimizer import AveragingAdamW
 from dist_decoder.train.slices import Read, Slice
-
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -119,18 +116,25 @@ class DeepSpeedState:
         else:
             outer.update_lp_params()
 
-    def scaler(self) -> dict[str, float]:
-        """Return the state of a dynamic loss scaler; empty without one."""
-        return scaler_state(self._scaler())
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what this rank counts of the averaged gradients, between backward and step.
 
-    def load_scaler(self, state: Mapping[str, float]) -> None:
-        """Go on with a loss scaler where ``scaler`` left it."""
-        load_scaler_state(self._scaler(), state)
-
-    def _scaler(self) -> Any:
+        A parameter that two ranks hold parts of comes from both.
+        """
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
         outer = self._engine.optimizer
-        # Stage 0 keeps its scale in another place than stages 1 to 3.
-        return getattr(outer, "loss_scale_config", None) or getattr(outer, "loss_scaler", None)
+        if self._stage == 0:
+            for name, parameter in self._parameters.items():
+                if self._world.is_first and parameter.grad is not None:
+                    yield name, parameter.grad
+            return
+        groups = outer.fp16_groups if self._stage == 3 else outer.params_in_partition
+        for index, members in enumerate(groups):
+            found = outer.averaged_gradients[index] or ()
+            held = (grad for grad in found if not getattr(grad, "_zero_padding", False))
+            # Behind the last parameter there may be padding, of zeros.
+            for grad, parameter in zip(held, members, strict=False):
+                yield names[id(parameter)], grad
 
     def flat_masters(self) -> list[Tensor]:
         """Return the tensors that the innermost optimizer updates."""
@@ -207,25 +211,3 @@ class DeepSpeedState:
             }
             shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
             yield Fragment(name, start, shape, values, True)
-
-
-def scaler_state(scaler: Any) -> dict[str, float]:
-    """Return what a dynamic loss scaler remembers; empty for a static one."""
-    if not _is_dynamic(scaler):
-        return {}
-    found = {name: getattr(scaler, name, None) for name in _SCALER_FIELDS}
-    return {name: float(v) for name, v in found.items() if isinstance(v, numbers.Real)}
-
-
-def load_scaler_state(scaler: Any, state: Mapping[str, float]) -> None:
-    """Set what ``scaler_state`` returned; a run that scales no more has no use for it."""
-    if not _is_dynamic(scaler):
-        return
-    for name, value in state.items():
-        kind = type(getattr(scaler, name))
-        setattr(scaler, name, kind(value))
-
-
-def _is_dynamic(scaler: Any) -> bool:
-    names = ("dynamic", "dynamic_loss_scale")
-    return any(bool(getattr(scaler, name, False)) for name in names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,29 +42,37 @@ class FiniteGuard:
         self._optim = optim
         self._own_terms = {term.name for term in terms if term.scope == "own"}
         self._world = world
-        self._row_sums: list[Tensor] = []
+        self._row_sums: list[tuple[int, Tensor]] = []
         self.skipped = 0
         """Steps of this run that changed nothing."""
 
     def watched(self, forward: Forward) -> Forward:
-        """Return ``forward`` with a note of what gradient every sample's outputs receive."""
+        """Return ``forward`` with a note of what gradient every sample's outputs receive.
+
+        It is called once for all samples of a step, or for their micro-batches in order.
+        """
+        self._row_sums = []
+        seen = 0
 
         def call(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
-            self._row_sums = []
+            nonlocal seen
             outputs = forward(*args, **kwargs)
-            size = args[2]
+            if not torch.is_grad_enabled():
+                return outputs
+            size, first = args[2], seen
+            seen += size
             for name, value in outputs.items():
                 if name in CUT and self._world.size > 1:
                     continue  # rows of the global batch, features of this rank
                 if value.requires_grad and value.dim() > 1 and len(value) == size:
-                    value.register_hook(self._note)
+                    value.register_hook(partial(self._note, first))
             return outputs
 
         return call
 
-    def _note(self, grad: Tensor) -> None:
+    def _note(self, first: int, grad: Tensor) -> None:
         # One number a sample: it is not finite if any entry is not.
-        self._row_sums.append(grad.detach().float().flatten(1).sum(dim=1))
+        self._row_sums.append((first, grad.detach().float().flatten(1).sum(dim=1)))
 
     def skips_loss(
         self, step: int, batch: Batch, losses: Losses, say: Callable[[str], None]
@@ -119,8 +128,8 @@ class FiniteGuard:
 
     def _bad_gradients(self, batch: Batch) -> list[str]:
         bad = {
-            row
-            for sums in self._row_sums
+            first + row
+            for first, sums in self._row_sums
             for row in torch.nonzero(~torch.isfinite(sums)).flatten().tolist()
         }
         return [batch.keys[row] for row in sorted(bad)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import secrets
 import signal
 from contextlib import ExitStack, closing
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 
-from dist_decoder.batch import Batch
 from dist_decoder.data.members import TargetName
 from dist_decoder.data.order import own_positions
 from dist_decoder.dist import (
@@ -30,12 +28,10 @@ from dist_decoder.storage import atomic_write_json
 from dist_decoder.train.canonical import State
 from dist_decoder.train.checkpoint import (
     CheckpointDocument,
-    Progress,
     load_weights,
     target_tensors,
 )
 from dist_decoder.train.engine import Engine
-from dist_decoder.train.guard import FiniteGuard
 from dist_decoder.train.job import Job
 from dist_decoder.train.logs import Logs
 from dist_decoder.train.lost_peer import lost_peer_explained
@@ -47,8 +43,9 @@ from dist_decoder.train.peak_flops import peak_flops
 from dist_decoder.train.profiling import StepProfiler
 from dist_decoder.train.saving import Resumed, Saver, check_shapes
 from dist_decoder.train.signals import StopFlag, catch_stop_signals
-from dist_decoder.train.step import Plan, compute_losses
+from dist_decoder.train.step import Plan
 from dist_decoder.train.trackers import tracker_ids
+from dist_decoder.train.update import Update, Updater
 from dist_decoder.train.watchdog import Watchdog
 
 _START_SCORES = "validation.json"
@@ -100,7 +97,6 @@ class _Run:
             raise ConfigError(
                 "optim.patience counts validations: set log.validate_every_steps above 0"
             )
-        self.guard = FiniteGuard(job.optim, self.terms, world)
         self.patience = Patience(job.optim.patience)
         names: tuple[TargetName, ...] = ("pooled", "tokens", "low_level")
         wanted = {term.target for term in self.terms}
@@ -124,6 +120,7 @@ class _Run:
         if job.decoder.middle.prior is not None:
             job.decoder.middle.prior.net.recompute = job.engine.checkpoint_prior
         self.engine = Engine(job.decoder, job.engine, job.optim, world)
+        self.updater = Updater(job, self.engine, self.plan, self.terms, world)
         self.is_resumed = resumed is not None
         if resumed is not None:
             self._go_on_from(resumed)
@@ -192,15 +189,18 @@ class _Run:
             with clock.waiting_for_data():
                 batch = next(batches)
             self.watchdog.enter(self.step, "update")
+            logged = (self.step + 1) % job.log.every_steps == 0 or self.step + 1 == steps
             with clock.working():
-                norm, result = self._update(batch.to(self.world.device), logs)
+                update = self.updater.take(
+                    batch.to(self.world.device), self.step, logs.say, by_part=logged
+                )
             self.step += 1
             trace = profiler.end(self.step - 1)
             if trace is not None:
                 logs.say(f"step {self.step}: profiler traces are in {trace.parent}")
             self.watchdog.enter(self.step, "log")
-            if self.step % job.log.every_steps == 0 or self.step == steps:
-                losses = self._write(logs, result, norm, clock)
+            if logged:
+                losses = self._write(logs, update, clock)
             stop, failed = any_rank([flag.signal, self.saver.failed], self.world)
             self.saver.settle(failed)
             if self._validation_is_due() and not stop:
@@ -229,32 +229,6 @@ class _Run:
             return {}
         return {"validation_at_start": json.loads(path.read_text())}
 
-    def _update(self, batch: Batch, logs: Logs) -> tuple[float, Losses]:
-        if batch.step != self.step:
-            raise TrainingError(f"the loader gave step {batch.step}, expected {self.step}")
-        job = self.job
-        losses = compute_losses(
-            self.guard.watched(self.engine),
-            batch,
-            self.plan,
-            self.terms,
-            job.loss,
-            job.document.seed,
-            self.world,
-            job.optim.steps,
-            job.decoder.ridge.num_voxels,
-            job.classes,
-        )
-        total = losses.shared + losses.own
-        # Without `skip` one look at the gradient norm is enough, and saves a collective.
-        skip = job.optim.non_finite == "skip"
-        if skip and self.guard.skips_loss(self.step, batch, losses, logs.say):
-            return math.nan, losses
-        norm = self.engine.update(total * self.world.size, self.step)
-        if self.guard.skips_gradient(self.step, batch, losses, norm, logs.say):
-            return math.nan, losses
-        return norm, losses
-
     def _whole_terms(self, losses: Losses) -> dict[str, float]:
         own = [term.name for term in self.terms if term.scope == "own"]
         values = {name: float(value) for name, value in losses.terms.items()}
@@ -263,8 +237,8 @@ class _Run:
             values |= dict(zip(own, summed.tolist(), strict=True))
         return values
 
-    def _write(self, logs: Logs, losses: Losses, norm: float, clock: StepClock) -> dict[str, float]:
-        terms = self._whole_terms(losses)
+    def _write(self, logs: Logs, update: Update, clock: StepClock) -> dict[str, float]:
+        terms = self._whole_terms(update.losses)
         total = sum(getattr(self.job.loss, name) * value for name, value in terms.items())
         rates = clock.read(self.world)
         parts = part_learning_rates(self.job.optim, self.step - 1)
@@ -273,8 +247,9 @@ class _Run:
             **{f"loss/{name}": value for name, value in terms.items()},
             "lr": learning_rate(self.job.optim, self.step - 1),
             **{f"lr/{part}": rate for part, rate in parts.items()},
-            "grad_norm": norm,
-            "skipped_steps": self.guard.skipped,
+            "grad_norm": update.norm,
+            **{f"grad_norm/{part}": norm for part, norm in update.part_norms.items()},
+            **self.updater.values(),
             **rates.values(self.plan.global_size, self.world, self.flops_per_sample, self.peak),
             **self.saver.timings(),
         }
@@ -299,11 +274,8 @@ class _Run:
             atomic_write_json(folder / _START_SCORES, scores)
 
     def _document(self) -> CheckpointDocument:
-        progress = Progress(
-            skipped_steps=self.guard.skipped,
-            loss_scaler=self.engine.scaler(),
-            patience=self.patience.state(),
-            trackers=self.tracker_ids,
+        progress = self.updater.progress().model_copy(
+            update={"patience": self.patience.state(), "trackers": self.tracker_ids}
         )
         return self.job.document.model_copy(update={"step": self.step, "progress": progress})
 
@@ -354,10 +326,9 @@ class _Run:
     def _go_on_from(self, resumed: Resumed) -> None:
         reader, progress = resumed.reader, resumed.document.progress
         check_shapes(reader, self.engine.shapes())
-        self.guard.skipped = progress.skipped_steps
+        self.updater.load(progress)
         self.patience.load(progress.patience)
-        self.engine.load(reader.read, self.step - self.guard.skipped)
-        self.engine.load_scaler(progress.loss_scaler)
+        self.engine.load(reader.read, resumed.document.updates)
         if self.job.classes is not None:
             self.job.classes.load(reader.state(("memory",)), self.world)
         self.saver.saved_step = self.step

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 _PEAKS: tuple[tuple[str, float, float], ...] = (
-    # part of the device name, bf16 on tensor cores, fp32 without TF32
+    # part of the device name, bf16 (and fp16) on tensor cores, fp32 without TF32
     ("B200", 2250.0, 80.0),
     ("GH200", 989.0, 67.0),
     ("H200", 989.0, 67.0),
@@ -25,7 +25,7 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 )
 
 
-def peak_flops(device_name: str, precision: Literal["fp32", "bf16"]) -> float | None:
+def peak_flops(device_name: str, precision: Literal["fp32", "bf16", "fp16"]) -> float | None:
     """Return the FLOP/s that a device reaches at most, or None for a device that is not known.
 
     The first row whose name is part of ``device_name`` counts.

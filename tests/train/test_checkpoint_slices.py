@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors import safe_open
 
 from dist_decoder.dist import World
@@ -22,7 +21,6 @@ from dist_decoder.train.canonical import (
     write_state,
 )
 from dist_decoder.train.fence import Fence
-from dist_decoder.train.fragments import load_scaler_state, scaler_state
 from dist_decoder.train.places import checkpoints_of, point_to
 from dist_decoder.train.slices import Slice
 from dist_decoder.train.survey import choose, list_checkpoints, verify
@@ -175,24 +173,3 @@ def test_a_pointer_leads_to_the_checkpoints(tmp_path: Path) -> None:
     assert checkpoints_of(run) == [elsewhere / "step-0000003"]
     with pytest.raises(CheckpointError, match="has checkpoints already"):
         point_to(run, str(tmp_path / "third"))
-
-
-def test_a_loss_scaler_goes_on_where_it_was() -> None:
-    def scaler() -> DynamicLossScaler:
-        return DynamicLossScaler(
-            init_scale=2.0**8, scale_window=3, min_scale=1, delayed_shift=2,
-            consecutive_hysteresis=False,
-        )  # fmt: skip
-
-    whole = scaler()
-    whole.cur_scale, whole.cur_iter, whole.last_overflow_iter, whole.cur_hysteresis = 64.0, 7, 5, 1
-    resumed = scaler()
-    load_scaler_state(resumed, json.loads(json.dumps(scaler_state(whole))))
-    scales = []
-    for _ in range(5):
-        whole.update_scale(False)
-        resumed.update_scale(False)
-        assert vars(resumed) == vars(whole)
-        scales.append(resumed.cur_scale)
-    assert scales[-1] > scales[0]
-    assert scaler_state(None) == {}

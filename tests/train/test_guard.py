@@ -17,7 +17,7 @@ from dist_decoder import dist
 from dist_decoder.config.train import EngineConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import NonFiniteError
-from dist_decoder.train import loop
+from dist_decoder.train import loop, update
 from dist_decoder.train.guard import Finding, explain
 from dist_decoder.train.loop import fit
 
@@ -75,7 +75,7 @@ def test_a_non_finite_gradient_changes_nothing_and_names_the_sample(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     states: dict[int, dict[str, torch.Tensor]] = {}
-    inner = loop.compute_losses
+    inner = update.compute_losses
 
     def poisoned(forward: Any, batch: Any, *rest: Any) -> Any:
         engine = runs[-1].engine
@@ -92,7 +92,7 @@ def test_a_non_finite_gradient_changes_nothing_and_names_the_sample(
         runs.append(self)
         start(self, *args)
 
-    monkeypatch.setattr(loop, "compute_losses", poisoned)
+    monkeypatch.setattr(update, "compute_losses", poisoned)
     monkeypatch.setattr(loop._Run, "__init__", remember)
     engine = EngineConfig(device="cpu", zero_stage=zero_stage, precision=precision)
     job = made_job(tmp_path, world, steps=5, engine=engine, optim={"non_finite": "skip"})
