@@ -37,6 +37,7 @@ from dist_decoder.train.checkpoint import (
     read_meta,
 )
 from dist_decoder.train.class_terms import class_terms
+from dist_decoder.train.engine import check_precision
 from dist_decoder.train.job import Expectation, Job
 from dist_decoder.train.joint import subject_infos
 from dist_decoder.train.loop import fit
@@ -73,6 +74,7 @@ def adapt(config: AdaptConfig, expectation: Expectation | None = None) -> dict[s
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     try:
+        check_precision(config.engine, world.device)
         with ExitStack() as held:
             finished = run_on_first(lambda: _open(config, held), world)
             if finished is not None:

@@ -55,7 +55,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     """
     decoder, adapters = empty_decoder(config)
     counts = count_parameters(decoder, adapters)
-    if config.engine.precision == "bf16":
+    if config.engine.precision != "fp32":
         decoder.bfloat16()
     share = -(-config.batch_size // config.ranks)
     step = walk(decoder, config.loss, share)
@@ -162,7 +162,7 @@ def _sample_bytes(config: EstimateConfig, decoder: Decoder) -> int:
 
 
 def _memory(config: EstimateConfig, decoder: Decoder, step: Walk) -> dict[str, int]:
-    ranks, narrow = config.ranks, config.engine.precision == "bf16"
+    ranks, narrow = config.ranks, config.engine.precision != "fp32"
     width = _HALF if narrow else _FLOAT
     total, trained = _sizes(decoder.middle)
     weights, gradients = width * total, width * trained
@@ -192,7 +192,7 @@ def _exchanged(config: EstimateConfig, decoder: Decoder) -> int:
     """Return the bytes of what a rank holds of other ranks' samples, and of tokens held twice."""
     if config.ranks == 1:
         return 0
-    width = _HALF if config.engine.precision == "bf16" else _FLOAT
+    width = _HALF if config.engine.precision != "fp32" else _FLOAT
     tokens, dim = decoder.token_shape or (0, 0)
     everyone, own = config.batch_size, -(-config.batch_size // config.ranks)
     voxels = max(decoder.ridge.num_voxels.values())

@@ -30,7 +30,7 @@ _HALF = 2
 def communication(config: EstimateConfig, decoder: Decoder) -> dict[str, int]:
     """Return the bytes that a rank sends per step, by ZeRO stage."""
     ranks = config.ranks
-    width = _HALF if config.engine.precision == "bf16" else _FLOAT
+    width = _HALF if config.engine.precision != "fp32" else _FLOAT
     middle = list(decoder.middle.parameters())
     total = sum(p.numel() for p in middle)
     trained = sum(p.numel() for p in middle if p.requires_grad)
@@ -44,7 +44,7 @@ def communication(config: EstimateConfig, decoder: Decoder) -> dict[str, int]:
 def ends_traffic(config: EstimateConfig, decoder: Decoder) -> int:
     """Return the bytes that a rank sends per step because the ends are cut."""
     ranks, loss = config.ranks, config.loss
-    width = _HALF if config.engine.precision == "bf16" else _FLOAT
+    width = _HALF if config.engine.precision != "fp32" else _FLOAT
     own, everyone = config.batch_size / ranks, config.batch_size
     voxels = decoder.ridge.num_voxels.values()
     latents = decoder.ridge.latent_dim

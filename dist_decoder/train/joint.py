@@ -22,6 +22,7 @@ from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import exclusive, open_location
 from dist_decoder.train.checkpoint import CheckpointDocument, SubjectInfo
 from dist_decoder.train.class_terms import class_terms
+from dist_decoder.train.engine import check_precision
 from dist_decoder.train.job import Expectation, Job
 from dist_decoder.train.loop import fit
 from dist_decoder.train.places import checkpoints_of
@@ -48,6 +49,7 @@ def train(config: TrainConfig, expectation: Expectation | None = None) -> dict[s
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     try:
+        check_precision(config.engine, world.device)
         with ExitStack() as held:
             if run_on_first(lambda: _is_finished(config, held), world):
                 return None if not world.is_first else _finished_summary(config)

@@ -55,6 +55,10 @@ def _knobs(job: Job, world: World) -> list[str]:
     knobs = []
     if job.decoder.has_prior and not job.engine.checkpoint_prior:
         knobs.append("set engine.checkpoint_prior=true (activation checkpointing)")
+    held = -(-job.data.batch_size // world.size)
+    size = job.engine.micro_batch_size or held
+    if min(size, held) > 1:
+        knobs.append(f"set engine.micro_batch_size below {min(size, held)}")
     if job.engine.zero_stage < 3 and world.size > 1:
         knobs.append(f"raise engine.zero_stage (now {job.engine.zero_stage})")
     knobs.append("start more ranks")

@@ -1,4 +1,7 @@
-"""One rank that writes the losses of a few steps: ``class_worker.py FILE``."""
+"""One rank that writes the losses of a few steps: ``class_worker.py FILE``.
+
+Of steps in one piece, and in micro-batches of three.
+"""
 
 import json
 import sys
@@ -13,7 +16,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     world = dist.start("cpu", timeout_s=60)
     try:
-        found = losses_by_step(world)
+        found = [losses_by_step(world, micro_batch_size=size) for size in (None, 3)]
         if world.is_first:
             Path(sys.argv[1]).write_text(json.dumps(found))
     finally:

@@ -1,6 +1,7 @@
 """One rank of a training run on made-up data: ``fit_worker.py FOLDER JSON``.
 
-With ``stop_at`` the run is stopped by a signal when that step is finished. ``order.txt`` gets the
+With ``stop_at`` the run is stopped by a signal when that step is finished. ``overflow_at`` trains
+in fp16 and makes the gradient of rank 1's ends infinite at that step. ``order.txt`` gets the
 keys of every global batch, in the order of their positions, and ``held-RANK.json`` how many
 elements of what this rank held at the end.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from half_on_cpu import OverflowingEnds, accelerator, yes
 from made_job import GLOBAL_BATCH, MadeBatches, made_job
 
 from dist_decoder import dist
@@ -23,6 +25,7 @@ from dist_decoder.batch import Batch
 from dist_decoder.config.train import EngineConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import StoppedError
+from dist_decoder.train import engine as engine_module
 from dist_decoder.train import loop
 from dist_decoder.train.engine import Engine
 
@@ -72,6 +75,11 @@ if __name__ == "__main__":
     stop_at = options.pop("stop_at", None)
     size = options.get("batch_size", GLOBAL_BATCH)
     world = dist.start("cpu", timeout_s=60)
+    overflow_at = options.pop("overflow_at", None)
+    if overflow_at is not None:
+        accelerator().is_fp16_supported = yes  # type: ignore[attr-defined]
+        OverflowingEnds.at = overflow_at
+        engine_module.ShardedEnds = OverflowingEnds  # type: ignore[misc]
     try:
         loop.Engine = Counting  # type: ignore[misc]
         loop.fit(

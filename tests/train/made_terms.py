@@ -18,10 +18,11 @@ from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.lora import add_lora
 from dist_decoder.rng import numpy_generator
 from dist_decoder.stats.classes import ClassStatistics
+from dist_decoder.train.accumulate import accumulate
 from dist_decoder.train.class_terms import ClassTerms
 from dist_decoder.train.ends import cut_ends, is_cut
 from dist_decoder.train.loop import _outputs_of
-from dist_decoder.train.step import Plan, compute_losses
+from dist_decoder.train.step import Plan, Step, compute_losses
 
 NUM_CLASSES, STEPS = 3, 4
 CLASSES = tuple(f"class {number}" for number in range(NUM_CLASSES))
@@ -91,9 +92,15 @@ def made_decoder(skip: bool = False, low_level: bool = False) -> Decoder:
 
 
 def losses_by_step(
-    world: World, changes: dict[str, Any] | None = None, low_level: bool = False
+    world: World,
+    changes: dict[str, Any] | None = None,
+    low_level: bool = False,
+    micro_batch_size: int | None = None,
 ) -> list[dict[str, float]]:
-    """Train with every term by plain gradient descent; return the terms of every step."""
+    """Train with every term by plain gradient descent; return the terms of every step.
+
+    With a size of micro-batches the gradients are accumulated.
+    """
     off = {} if low_level else {"low_level_l1": 0.0, "low_level_contrastive": 0.0}
     loss = LossConfig.model_validate({**EVERY, **off, **(changes or {})})
     decoder = made_decoder(skip=True, low_level=low_level)
@@ -103,12 +110,18 @@ def losses_by_step(
     classes, found = made_classes(loss), []
     cut_ends(decoder, world, torch.float32)
     for step in range(STEPS):
-        losses = compute_losses(
-            decoder, whole_batch(step, own), Plan(tuple(sizes)), terms, loss, 3, world, STEPS,
+        settings = (
+            whole_batch(step, own), Plan(tuple(sizes)), terms, loss, 3, world, STEPS,
             decoder.ridge.num_voxels, classes,
         )  # fmt: skip
         decoder.zero_grad()
-        (losses.shared + losses.own).backward()
+        if micro_batch_size is None:
+            losses = compute_losses(decoder, *settings)
+            (losses.shared + losses.own).backward()
+        else:
+            losses = accumulate(
+                Step(*settings), decoder, lambda part, _: part.backward(), micro_batch_size, 1.0
+            )
         with torch.no_grad():
             for name, parameter in decoder.named_parameters():
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -59,6 +59,17 @@ def test_two_ranks_adapt_as_one(two_ranks: Path, joint: Path, shards: Path, tmp_
         for folder in (tmp_path / "run", two_ranks / "adapted")
     )
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    norms = [
+        {
+            key: value
+            for path in folder.rglob("metrics.jsonl")
+            for key, value in json.loads(path.read_text().splitlines()[0]).items()
+            if key.startswith("grad_norm")
+        }
+        for folder in (tmp_path / "run", two_ranks / "adapted")
+    ]
+    assert {"grad_norm/ridge", "grad_norm/adapters"} <= norms[0].keys()
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     assert two["validation"] == pytest.approx(one["validation"])
     assert two["validation_at_start"] == pytest.approx(one["validation_at_start"])
 

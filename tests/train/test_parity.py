@@ -4,6 +4,7 @@ import functools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,12 +32,28 @@ def slow_contrastive(brain: torch.Tensor, image: torch.Tensor, ids: torch.Tensor
     return total / 2 / len(ids)
 
 
-Trained = tuple[list[float], dict[str, torch.Tensor]]
+Lines = list[dict[str, float]]
+Trained = tuple[Lines, dict[str, torch.Tensor]]
+
+
+def norms_by_part(model: Decoder) -> dict[str, float]:
+    """Return the gradient norm of the whole and of every module below ends and middle."""
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    parts = {f"grad_norm/{name.split('.')[1]}" for name in grads}
+    squares = dict.fromkeys(sorted(parts), 0.0)
+    for name, grad in grads.items():
+        squares[f"grad_norm/{name.split('.')[1]}"] += float(grad.double().square().sum())
+    norms = {part: math.sqrt(square) for part, square in squares.items()}
+    return {**norms, "grad_norm": math.sqrt(sum(squares.values()))}
 
 
 @functools.cache
 def plain_training(size: int = GLOBAL_BATCH) -> Trained:
-    """Train on whole batches with torch alone; loss, groups and schedule written out."""
+    """Train on whole batches with torch alone; loss, groups and schedule written out.
+
+    Returns:
+        What is logged at every step, and the parameters at the end.
+    """
     model = Decoder(MODEL, SUBJECTS, E, (T, D), seed=3)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -47,7 +64,7 @@ def plain_training(size: int = GLOBAL_BATCH) -> Trained:
         [{"params": members, "weight_decay": decay, "scale": scale}
          for (scale, decay), members in groups.items()]
     )  # fmt: skip
-    losses = []
+    lines = []
     for step in range(STEPS):
         progress = max(step - 4, 0) / (STEPS - 1 - 4)
         rate = 3e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
@@ -73,23 +90,42 @@ def plain_training(size: int = GLOBAL_BATCH) -> Trained:
         )
         optimizer.zero_grad()
         loss.backward()
+        norms = norms_by_part(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses, {name: p.detach() for name, p in model.named_parameters()}
+        rates = {"lr": rate, "lr/ridge": 0.3 * rate, "lr/backbone": rate, "lr/prior": rate}
+        lines.append({"loss/total": float(loss.detach()), **rates, **norms})
+    return lines, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def run_and_compare(folder: Path, world_size: int, stage: int, size: int) -> list[dict[str, int]]:
-    """Train on real ranks, compare with the plain loop, and return what every rank held."""
-    expected_losses, expected = plain_training(size)
-    options = {"steps": STEPS, "engine": {"zero_stage": stage}, "batch_size": size}
-    run_ranks(world_size, "fit_worker.py", str(folder), json.dumps(options), timeout_s=400)
+def compare(folder: Path, size: int) -> None:
+    """Compare a run with the plain loop: losses, norms by part, rates and final parameters."""
+    expected_lines, expected = plain_training(size)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss/total"] for line in lines if "loss/total" in line]
-    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    lines = [line for line in lines if "loss/total" in line]
+    losses = [line["loss/total"] for line in expected_lines]
+    assert [line["loss/total"] for line in lines] == pytest.approx(losses, rel=1e-5)
+    for step, (mine, theirs) in enumerate(zip(expected_lines, lines, strict=True)):
+        # Later gradients differ because the parameters do, in the last digits.
+        rel = 1e-5 if step == 0 else 1e-3
+        found = {key: value for key, value in theirs.items() if key.startswith(("grad_norm", "lr"))}
+        norms = {key: value for key, value in mine.items() if key != "loss/total"}
+        assert found == pytest.approx(norms, rel=rel)
+        assert [found[key] for key in found if key.startswith("lr")] == pytest.approx(
+            [norms[key] for key in found if key.startswith("lr")], rel=1e-12
+        )
     state = read_state(checkpoints_of(folder / "checkpoints")[-1])
     for name, value in expected.items():
         torch.testing.assert_close(state[name]["master"], value, rtol=1e-5, atol=1e-5)
+
+
+def run_and_compare(
+    folder: Path, world_size: int, stage: int, size: int, **engine: Any
+) -> list[dict[str, int]]:
+    """Train on real ranks, compare with the plain loop, and return what every rank held."""
+    options = {"steps": STEPS, "engine": {"zero_stage": stage, **engine}, "batch_size": size}
+    run_ranks(world_size, "fit_worker.py", str(folder), json.dumps(options), timeout_s=400)
+    compare(folder, size)
     held = [folder / f"held-{rank}.json" for rank in range(world_size)]
     return [json.loads(path.read_text()) for path in held]
 

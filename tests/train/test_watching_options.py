@@ -154,7 +154,8 @@ def test_running_out_of_memory_names_the_keys(world: World, tmp_path: Path) -> N
         fit(job, world)
     text = str(caught.value)
     assert caught.value.exit_code == 71
-    for part in ("rank 0 of 1 ran out of memory", "12.34 GB", "checkpoint_prior", "batch_size"):
+    knobs = ("checkpoint_prior", "micro_batch_size below 7", "data.batch_size")
+    for part in ("rank 0 of 1 ran out of memory", "12.34 GB", *knobs):
         assert part in text
 
 
