@@ -21,14 +21,10 @@ import torch
 
 from dist_decoder import dist
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import (
-    BackboneConfig,
-    EngineConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    PriorConfig,
-)
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.losses.objective import active_terms
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.train.accumulate import accumulate

@@ -30,9 +30,10 @@ import torch
 from numpy.typing import NDArray
 
 from dist_decoder.adapt import adapt
+from dist_decoder.config.adapt import AdaptConfig
 from dist_decoder.config.base import load_config
+from dist_decoder.config.class_statistics import ClassStatisticsConfig
 from dist_decoder.config.progress import Progress, progress
-from dist_decoder.config.train import AdaptConfig, ClassStatisticsConfig
 from dist_decoder.data.rows import SubjectRows, read_rows
 from dist_decoder.eval.retrieval import brain_to_image_hits, cosine_scores
 from dist_decoder.predict import Predictor

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from dist_decoder.config.train import CheckpointConfig, ModelConfig
+from dist_decoder.config.model import ModelConfig
+from dist_decoder.config.run import CheckpointConfig
 from dist_decoder.dist import World
 from dist_decoder.formats import EncoderEntry
 from dist_decoder.train.checkpoint import CheckpointDocument

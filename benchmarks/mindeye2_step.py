@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from dist_decoder.batch import Batch
 from dist_decoder.config.estimate import EstimateConfig
-from dist_decoder.config.train import OptimConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.dist import World
 from dist_decoder.losses.objective import Inputs, active_terms, objective
 from dist_decoder.nn.backbone import MindEye2Mixer

@@ -18,13 +18,9 @@ from pathlib import Path
 import torch
 
 from dist_decoder.config.estimate import EncoderSizes, EstimateConfig
-from dist_decoder.config.train import (
-    BackboneConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    PriorConfig,
-)
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
+from dist_decoder.config.optim import OptimConfig
 
 SIZES = {
     "warm-up": (8, 4, 256, 2, 9),

@@ -26,14 +26,10 @@ from torch import Tensor
 
 from dist_decoder import dist
 from dist_decoder.batch import Batch
+from dist_decoder.config.engine import EngineConfig
 from dist_decoder.config.estimate import EncoderSizes, EstimateConfig
-from dist_decoder.config.train import (
-    BackboneConfig,
-    EngineConfig,
-    ModelConfig,
-    OptimConfig,
-    PriorConfig,
-)
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.dist import World, gather_shared
 from dist_decoder.estimate.estimate import estimate
 from dist_decoder.losses.objective import Inputs, active_terms, objective

@@ -37,15 +37,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_decoder import dist
 from dist_decoder.batch import Batch
+from dist_decoder.config.engine import EngineConfig
 from dist_decoder.config.estimate import EncoderSizes, EstimateConfig
-from dist_decoder.config.train import (
-    BackboneConfig,
-    EngineConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    PriorConfig,
-)
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.dist import World
 from dist_decoder.estimate.walk import empty_decoder, walk
 from dist_decoder.losses.objective import active_terms

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from dist_decoder import dist
-from dist_decoder.config.train import AdaptConfig, CheckpointConfig, LossConfig, SourcesConfig
+from dist_decoder.config.adapt import AdaptConfig
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.run import CheckpointConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.loader import Loader
 from dist_decoder.data.members import TargetName
 from dist_decoder.data.sources import choose_subjects

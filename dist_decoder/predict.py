@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_decoder.config.train import LossConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.data.rows import SubjectRows, iterate_rows
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.errors import ConfigError, DataError

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dist_decoder.config.train import LossConfig, ModelConfig, PriorConfig, SourcesConfig
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.model import ModelConfig, PriorConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.rows import read_rows
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.dist import World

@@ -11,8 +11,8 @@ import numpy as np
 
 from data_tools.tar_shard import Sample, write_shard
 from dist_decoder.batch import Batch
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.config.storage import StorageConfig
-from dist_decoder.config.train import SourcesConfig
 from dist_decoder.data.loader import Loader
 from dist_decoder.formats import EncoderEntry, Manifest, SourceEntry, SplitEntry, SubjectEntry
 from dist_decoder.manifest import encode_npy, encode_npz, write_manifest

@@ -12,13 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_decoder.config.train import (
-    BackboneConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    PriorConfig,
-)
+from dist_decoder.config.adapt import LoraConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.encoders.clip import normalise_pixels
 from dist_decoder.eval import reconstruction
 from dist_decoder.eval.retrieval import brain_to_image_hits, cosine_scores, image_to_brain_hits

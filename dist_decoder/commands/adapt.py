@@ -8,7 +8,7 @@ import typer
 
 from dist_decoder.adapt import adapt
 from dist_decoder.commands.expected import expectation
-from dist_decoder.config.train import AdaptConfig
+from dist_decoder.config.adapt import AdaptConfig
 from dist_decoder.estimate.estimate import estimate_adaptation
 
 

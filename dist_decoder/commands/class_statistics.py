@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dist_decoder.config.train import ClassStatisticsConfig
+from dist_decoder.config.class_statistics import ClassStatisticsConfig
 from dist_decoder.train.class_statistics import make_class_statistics
 
 

@@ -9,12 +9,14 @@ from typing import Any, NoReturn
 import typer
 
 from dist_decoder.commands.config_kind import kind_of_config
+from dist_decoder.config.adapt import AdaptConfig
 from dist_decoder.config.base import Section
 from dist_decoder.config.checkpoint import (
     CheckpointExportConfig,
     CheckpointListConfig,
     CheckpointVerifyConfig,
 )
+from dist_decoder.config.class_statistics import ClassStatisticsConfig
 from dist_decoder.config.commandline import (
     VerbCommand,
     add_verb,
@@ -27,7 +29,7 @@ from dist_decoder.config.doctor import DoctorConfig
 from dist_decoder.config.estimate import EstimateConfig
 from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig, ReportConfig
 from dist_decoder.config.exchange import ExportConfig, ImportConfig
-from dist_decoder.config.train import AdaptConfig, ClassStatisticsConfig, TrainConfig
+from dist_decoder.config.train import TrainConfig
 
 app = make_app("dist-decoder", "Train, adapt, predict with, and evaluate fMRI-to-image decoders.")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dist_decoder.config.train import AdaptConfig, TrainConfig
+from dist_decoder.config.adapt import AdaptConfig
+from dist_decoder.config.train import TrainConfig
 from dist_decoder.train.job import Expectation, Expected
 
 ConfigT = TypeVar("ConfigT", TrainConfig, AdaptConfig)

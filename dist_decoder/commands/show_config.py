@@ -7,8 +7,9 @@ import json
 import typer
 
 from dist_decoder.commands.config_kind import kind_of_config
+from dist_decoder.config.adapt import AdaptConfig
 from dist_decoder.config.base import load_config, to_yaml
-from dist_decoder.config.train import AdaptConfig, TrainConfig
+from dist_decoder.config.train import TrainConfig
 
 
 def show(config: str, overrides: tuple[str, ...], deepspeed: bool, ranks: int) -> None:

@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dist_decoder.config.base import Section
+from dist_decoder.config.bounds import Fraction, PositiveInt
 from dist_decoder.config.storage import Location, StorageConfig
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
 Part = Annotated[str, Field(pattern=r"^([0-9]+/[0-9]+|slurm)$")]
 PicturePx = Annotated[int, Field(ge=8, multiple_of=8)]
 """Side of a fabricated picture: a multiple of its 8 blocks."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
+from dist_decoder.config.adapt import LoraConfig
 from dist_decoder.config.base import Section
-from dist_decoder.config.data import PositiveInt
-from dist_decoder.config.train import EngineConfig, LoraConfig, LossConfig, ModelConfig
+from dist_decoder.config.bounds import PositiveInt
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.model import ModelConfig
 
 
 class EncoderSizes(Section):

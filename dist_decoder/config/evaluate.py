@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dist_decoder.config.base import Section
-from dist_decoder.config.data import PositiveInt
+from dist_decoder.config.bounds import PositiveInt
 
 
 class PredictConfig(Section):

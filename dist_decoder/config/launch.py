@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from dist_decoder.config.base import Section
-from dist_decoder.config.data import PositiveInt
+from dist_decoder.config.bounds import PositiveInt
 
 _SET_BY_LAUNCHER = {
     "RANK",

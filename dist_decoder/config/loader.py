@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from dist_decoder.config.base import Section
-from dist_decoder.config.data import PositiveInt
-from dist_decoder.config.train import Positive, TrainConfig
+from dist_decoder.config.bounds import Positive, PositiveInt
+from dist_decoder.config.train import TrainConfig
 
 
 class BenchOptions(Section):

@@ -17,7 +17,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_decoder.config.train import CacheConfig
+from dist_decoder.config.sources import CacheConfig
 from dist_decoder.data.cache_folder import INCOMING, TAR, CacheFolder
 from dist_decoder.data.open_file import OpenFile
 from dist_decoder.data.sources import Shard

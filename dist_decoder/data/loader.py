@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import SourcesConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.members import TargetName
 from dist_decoder.data.prefetch import Prefetch
 from dist_decoder.data.reader import BatchReader, spec_of

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_decoder.config.base import fingerprint
-from dist_decoder.config.train import SourcesConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.mixture import interleave, source_shares
 from dist_decoder.data.permutation import drawn, part_from, windowed_order
 from dist_decoder.data.sources import Kind, choose_subjects, select

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import SourcesConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.arena import Arena, Recycled, piece_size
 from dist_decoder.data.cache import NodeCache
 from dist_decoder.data.members import Members, TargetName

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
+from dist_decoder.config.adapt import AdaptConfig
 from dist_decoder.config.estimate import AdaptedPart, EncoderSizes, EstimateConfig
-from dist_decoder.config.train import AdaptConfig, TrainConfig
+from dist_decoder.config.train import TrainConfig
 from dist_decoder.data.sources import choose_subjects
 from dist_decoder.estimate.traffic import communication
 from dist_decoder.estimate.walk import Walk, empty_decoder, walk

@@ -20,7 +20,7 @@ middle, stages 0 to 2; stage 3                         2 w m (R-1)/R; w (2 M + m
 from __future__ import annotations
 
 from dist_decoder.config.estimate import EstimateConfig
-from dist_decoder.config.train import LossConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.nn.decoder import Decoder
 
 _FLOAT = 4

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_decoder.config.estimate import EstimateConfig
-from dist_decoder.config.train import LossConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.estimate.live_bytes import LiveBytes
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.keyed import SampleKeys

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dist_decoder import dist
 from dist_decoder.config.checkpoint import CheckpointExportConfig
-from dist_decoder.config.train import EngineConfig, OptimConfig
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.dist import World, barrier, run_on_first
 from dist_decoder.errors import CheckpointError, StorageError
 from dist_decoder.storage import atomic_write_bytes, atomic_write_json

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dist_decoder.config.exchange import ImportConfig
-from dist_decoder.config.train import LossConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.dist import World
 from dist_decoder.errors import CheckpointError

@@ -12,8 +12,9 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from dist_decoder.config.adapt import LoraConfig
 from dist_decoder.config.base import Section
-from dist_decoder.config.train import LoraConfig, ModelConfig
+from dist_decoder.config.model import ModelConfig
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.errors import CheckpointError
 from dist_decoder.formats import EncoderEntry

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dist_decoder.config.train import PriorConfig
+from dist_decoder.config.model import PriorConfig
 from dist_decoder.errors import CheckpointError
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.mindeye2_names import (

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dist_decoder.config.train import LossConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.errors import ConfigError
 from dist_decoder.losses.classes import (
     alike,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_decoder.config.train import BackboneConfig
+from dist_decoder.config.model import BackboneConfig
 from dist_decoder.nn.keyed import SampleKeys, keyed_dropout
 from dist_decoder.nn.neurofusion import NeuroFusionBackbone
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dist_decoder.config.train import LossConfig, ModelConfig
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.model import ModelConfig
 from dist_decoder.cuts import Cuts, whole
 from dist_decoder.errors import ConfigError, DataError
 from dist_decoder.nn.backbone import Backbone, make_backbone

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dist_decoder.config.train import PriorConfig
+from dist_decoder.config.model import PriorConfig
 from dist_decoder.nn.keyed import SampleKeys
 from dist_decoder.nn.prior import PriorNetwork
 

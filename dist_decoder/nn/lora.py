@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dist_decoder.config.train import LoraConfig
+from dist_decoder.config.adapt import LoraConfig
 from dist_decoder.errors import ConfigError
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.heads import TokenHead

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dist_decoder.config.train import BackboneConfig, ModelConfig, PriorConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
 from dist_decoder.errors import ConfigError
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.noise_schedule import noise_schedule

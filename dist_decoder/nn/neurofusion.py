@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_decoder.config.train import BackboneConfig
+from dist_decoder.config.model import BackboneConfig
 from dist_decoder.errors import ConfigError
 from dist_decoder.nn.keyed import SampleKeys, keyed_dropout
 

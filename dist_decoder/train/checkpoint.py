@@ -10,8 +10,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dist_decoder.config.adapt import LoraConfig
 from dist_decoder.config.base import Section
-from dist_decoder.config.train import LoraConfig, ModelConfig
+from dist_decoder.config.model import ModelConfig
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.errors import CheckpointError
 from dist_decoder.formats import EncoderEntry

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_decoder.config.train import ClassStatisticsConfig
+from dist_decoder.config.class_statistics import ClassStatisticsConfig
 from dist_decoder.data.rows import SubjectRows, iterate_rows
 from dist_decoder.errors import ConfigError
 from dist_decoder.manifest import manifest_fingerprint, read_manifest

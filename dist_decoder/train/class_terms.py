@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_decoder.config.train import ClassLossConfig, LossConfig
+from dist_decoder.config.loss import ClassLossConfig, LossConfig
 from dist_decoder.cuts import Cuts, chunk_of, whole
 from dist_decoder.data.rows import SubjectRows
 from dist_decoder.dist import World

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dist_decoder.config.train import EngineConfig
+from dist_decoder.config.engine import EngineConfig
 from dist_decoder.errors import ConfigError
 from dist_decoder.nn.decoder import Decoder
 

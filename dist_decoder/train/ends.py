@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dist_decoder.config.train import OptimConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.cuts import chunk_of
 from dist_decoder.dist import World, gather_rows, sum_over_ranks
 from dist_decoder.nn.decoder import Decoder

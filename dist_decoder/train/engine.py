@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_decoder.config.train import EngineConfig, OptimConfig
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import ConfigError
 from dist_decoder.nn.decoder import Decoder

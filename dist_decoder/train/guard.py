@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import OptimConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.dist import World, any_rank, gather_objects
 from dist_decoder.errors import NonFiniteError
 from dist_decoder.losses.objective import CUT, Losses, Term

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import (
-    CheckpointConfig,
-    EngineConfig,
-    LogConfig,
-    LossConfig,
-    OptimConfig,
-    SourcesConfig,
-)
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.optim import OptimConfig
+from dist_decoder.config.run import CheckpointConfig, LogConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.members import TargetName
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.nn.decoder import Decoder

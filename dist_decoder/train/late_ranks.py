@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dist_decoder.config.train import EngineConfig
+from dist_decoder.config.engine import EngineConfig
 
 PHASES = ("setup", "data", "update", "log", "validate", "save")
 """Of one step, in the order in which a rank goes through them."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from dist_decoder.config.train import LogConfig
+from dist_decoder.config.run import LogConfig
 from dist_decoder.files import explained
 from dist_decoder.train.run_folder import METRICS_NAME, cut_metrics
 from dist_decoder.train.trackers import Tracker, open_trackers

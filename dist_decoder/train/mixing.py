@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import MixingConfig
+from dist_decoder.config.loss import MixingConfig
 from dist_decoder.dist import World, gather_shared
 from dist_decoder.losses.mixing import Mixture, draw_mixture, mix
 

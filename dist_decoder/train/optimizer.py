@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_decoder.config.train import OptimConfig
+from dist_decoder.config.optim import OptimConfig
 
 _NOT_DECAYED = ("bias", "g", "learned_query", "null_brain", "null_image", "null_kv", "embedding")
 """Last parts of parameter names that weight decay leaves alone, besides LayerNorm weights."""

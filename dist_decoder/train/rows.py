@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dist_decoder.config.train import SourcesConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.rows import SubjectRows, read_rows
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.dist import World

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dist_decoder.config.train import CheckpointConfig
+from dist_decoder.config.run import CheckpointConfig
 from dist_decoder.dist import World, any_rank, run_on_all, run_on_first
 from dist_decoder.errors import CheckpointError, DistDecoderError, SupersededError
 from dist_decoder.train import retention

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import LossConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.cuts import Cuts
 from dist_decoder.dist import World, gather_shared
 from dist_decoder.errors import DataError

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from dist_decoder.config.train import LogConfig, TrackerName
+from dist_decoder.config.run import LogConfig, TrackerName
 from dist_decoder.errors import ConfigError
 from dist_decoder.files import explained
 from dist_decoder.storage import atomic_write_json

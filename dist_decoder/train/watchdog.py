@@ -27,7 +27,7 @@ from types import FrameType
 import torch.distributed as torch_dist
 
 from dist_decoder.config.commandline import note_failure
-from dist_decoder.config.train import EngineConfig
+from dist_decoder.config.engine import EngineConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import LateRankError
 from dist_decoder.train.late_ranks import Judge, Sign, Verdict

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from dist_decoder.config.train import EngineConfig, OptimConfig
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.optim import OptimConfig
 
 _BUCKET_ELEMENTS = 50_000_000
 """Elements per reduction; stages 1-3 hold one buffer of this size."""

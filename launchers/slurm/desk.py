@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_decoder.config.adapt import AdaptConfig
 from dist_decoder.config.launch import LaunchConfig
-from dist_decoder.config.train import AdaptConfig, TrainConfig
+from dist_decoder.config.train import TrainConfig
 from dist_decoder.errors import ConfigError, LaunchError
 from dist_decoder.storage import open_location
 from launchers.slurm.controller import ask

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_decoder.config.adapt import AdaptConfig
 from dist_decoder.config.base import Section, load_config, to_yaml
+from dist_decoder.config.class_statistics import ClassStatisticsConfig
 from dist_decoder.config.data import DataConfig
 from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig, ReportConfig
 from dist_decoder.config.launch import JobSection, LaunchConfig, SlurmConfig
-from dist_decoder.config.train import AdaptConfig, ClassStatisticsConfig, TrainConfig
+from dist_decoder.config.train import TrainConfig
 from dist_decoder.errors import ConfigError, LaunchError
 from launchers.plan import MODULES, resolve_command
 from launchers.slurm.task import LAUNCH_NAME, Task, task_folder

@@ -18,7 +18,7 @@ from ranks import run_ranks
 
 from dist_decoder import dist
 from dist_decoder.commands.cli import app
-from dist_decoder.config.train import CheckpointConfig
+from dist_decoder.config.run import CheckpointConfig
 from dist_decoder.exchange.deepspeed_folder import read_deepspeed_folder
 from dist_decoder.train.canonical import StateReader
 from dist_decoder.train.loop import fit

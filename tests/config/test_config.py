@@ -23,11 +23,11 @@ from dist_decoder.config import (
     load_config,
     to_yaml,
 )
+from dist_decoder.config.class_statistics import ClassStatisticsConfig
 from dist_decoder.config.estimate import EstimateConfig
 from dist_decoder.config.exchange import ExportConfig, ImportConfig
 from dist_decoder.config.keys import key_table
 from dist_decoder.config.launch import SlurmConfig
-from dist_decoder.config.train import ClassStatisticsConfig
 from dist_decoder.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import SourcesConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.loader import Loader
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hand_made import write_shards
 
-from dist_decoder.config.train import SourcesConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.order import Order
 from dist_decoder.data.sources import read_indexes
 from dist_decoder.manifest import read_manifest

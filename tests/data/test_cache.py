@@ -14,7 +14,7 @@ from hand_made import HandMade, write_shards
 from jobs import consumed, finish, start
 from reading_job import digest
 
-from dist_decoder.config.train import CacheConfig, SourcesConfig
+from dist_decoder.config.sources import CacheConfig, SourcesConfig
 from dist_decoder.data.cache import NodeCache, key_of
 from dist_decoder.data.cache_folder import CacheFolder
 from dist_decoder.data.loader import Loader

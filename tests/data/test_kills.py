@@ -14,7 +14,7 @@ import pytest
 from hand_made import HandMade, write_shards
 from jobs import consumed, finish, start, steps_done
 
-from dist_decoder.config.train import SourcesConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.loader import Loader
 from dist_decoder.data.reader_processes import ReaderProcesses
 from dist_decoder.errors import DataError, StorageError

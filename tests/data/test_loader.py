@@ -14,7 +14,7 @@ import torch
 from hand_made import VOXELS, HandMade, edit_manifest, write_shards
 
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import SourcesConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.loader import Loader
 from dist_decoder.data.samples import ResidentSamples
 from dist_decoder.data.streamed import StreamedSamples

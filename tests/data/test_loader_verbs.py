@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hand_made import HandMade, write_shards
 
-from dist_decoder.config.train import SourcesConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.loader import Loader
 
 ROOT = Path(__file__).parents[2]

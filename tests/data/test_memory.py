@@ -7,7 +7,7 @@ import psutil
 import pytest
 from hand_made import write_shards
 
-from dist_decoder.config.train import CacheConfig, SourcesConfig
+from dist_decoder.config.sources import CacheConfig, SourcesConfig
 from dist_decoder.data.loader import Loader
 
 

@@ -9,7 +9,7 @@ import pytest
 from hand_made import HandMade, edit_manifest, write_shards
 from slow_order import slow_sequence
 
-from dist_decoder.config.train import SourcesConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.mixture import source_shares
 from dist_decoder.data.order import Order, own_positions
 from dist_decoder.data.sources import read_indexes

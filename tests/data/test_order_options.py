@@ -12,7 +12,7 @@ import pytest
 import torch
 from hand_made import HandMade, edit_manifest, write_shards
 
-from dist_decoder.config.train import SourcesConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.loader import Loader
 from dist_decoder.data.mixture import source_shares
 from dist_decoder.data.order import Order

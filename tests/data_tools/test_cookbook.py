@@ -7,8 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from data_tools.cli import app
+from dist_decoder.config.adapt import AdaptConfig
 from dist_decoder.config.base import load_config
-from dist_decoder.config.train import AdaptConfig, TrainConfig
+from dist_decoder.config.train import TrainConfig
 from dist_decoder.manifest import read_manifest
 from dist_decoder.storage import LocalStorage
 

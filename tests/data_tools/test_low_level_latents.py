@@ -16,7 +16,8 @@ from data_tools.ingest import ingest
 from data_tools.shard import shard
 from data_tools.splits import split
 from dist_decoder.config.data import LowLevelConfig
-from dist_decoder.config.train import SourcesConfig, TrainConfig
+from dist_decoder.config.sources import SourcesConfig
+from dist_decoder.config.train import TrainConfig
 from dist_decoder.data.loader import Loader
 from dist_decoder.encoders.vae import VaeEncoder
 from dist_decoder.errors import ConfigError, DataError

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dist_decoder.config.base import load_config
+from dist_decoder.config.engine import EngineConfig
 from dist_decoder.config.estimate import EncoderSizes, EstimateConfig
-from dist_decoder.config.train import BackboneConfig, EngineConfig, ModelConfig, PriorConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
 from dist_decoder.errors import ConfigError
 from dist_decoder.estimate.estimate import count_parameters, estimate, render
 from dist_decoder.estimate.live_bytes import LiveBytes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
-from dist_decoder.config.train import PriorConfig
+from dist_decoder.config.model import PriorConfig
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.mindeye2_names import key_table, mindeye2_config, released_buffers
 

@@ -17,9 +17,9 @@ from made_release import ORDER, TOKENS, WIDTH, released_tensors, save_release
 from dist_decoder.adapt import adapt
 from dist_decoder.commands.evaluate import run as evaluate
 from dist_decoder.commands.predict import run as predict
+from dist_decoder.config.adapt import AdaptConfig
 from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig
 from dist_decoder.config.exchange import ExportConfig, ImportConfig
-from dist_decoder.config.train import AdaptConfig
 from dist_decoder.data.rows import read_rows
 from dist_decoder.errors import ConfigError
 from dist_decoder.exchange.export import export

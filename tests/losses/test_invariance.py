@@ -5,7 +5,7 @@ import torch
 from test_losses import IDS, LABELS, SMALL, everything, normal
 from torch import Tensor
 
-from dist_decoder.config.train import LossConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.losses.contrastive import cosine_similarity
 from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.mixing import Mixture

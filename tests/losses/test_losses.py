@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_decoder.config.train import LossConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.losses.contrastive import cosine_similarity, symmetric_contrastive
 from dist_decoder.losses.memory import ImageMemory, Memory
 from dist_decoder.losses.mixing import Mixture

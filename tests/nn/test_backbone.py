@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dist_decoder.config.train import BackboneConfig
+from dist_decoder.config.model import BackboneConfig
 from dist_decoder.nn.backbone import MindEye2Mixer, ResidualBackbone, make_backbone
 from dist_decoder.nn.initialise import initialise
 from dist_decoder.nn.keyed import SampleKeys

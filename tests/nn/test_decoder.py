@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dist_decoder.config.train import BackboneConfig, LossConfig, ModelConfig, PriorConfig
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
 from dist_decoder.errors import ConfigError
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.keyed import SampleKeys

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dist_decoder.config.train import BackboneConfig, LoraConfig, ModelConfig, PriorConfig
+from dist_decoder.config.adapt import LoraConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
 from dist_decoder.errors import ConfigError
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.lora import add_lora, merge_lora

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_decoder.config.train import BackboneConfig
+from dist_decoder.config.model import BackboneConfig
 from dist_decoder.nn.backbone import MindEye2Mixer, ResidualBackbone
 from dist_decoder.nn.keyed import SampleKeys
 

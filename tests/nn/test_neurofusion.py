@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dist_decoder.config.train import BackboneConfig, ModelConfig, PriorConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
 from dist_decoder.errors import ConfigError
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.keyed import SampleKeys

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_decoder.config.train import PriorConfig
+from dist_decoder.config.model import PriorConfig
 from dist_decoder.nn.diffusion import DiffusionPrior, make_scheduler, sample, sample_times
 from dist_decoder.nn.initialise import initialise
 from dist_decoder.nn.keyed import SampleKeys

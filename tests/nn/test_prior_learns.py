@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_decoder.config.train import PriorConfig
+from dist_decoder.config.model import PriorConfig
 from dist_decoder.eval.retrieval import brain_to_image_hits, cosine_scores
 from dist_decoder.losses.regression import squared_error_sum
 from dist_decoder.nn.diffusion import DiffusionPrior

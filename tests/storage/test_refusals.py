@@ -11,8 +11,8 @@ from scripted_server import Fault, Scripted
 
 from dist_decoder.config.base import load_config, to_yaml
 from dist_decoder.config.secrets import without_secrets
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.config.storage import StorageConfig
-from dist_decoder.config.train import SourcesConfig
 from dist_decoder.errors import ConfigError, StorageError
 from dist_decoder.storage import open_location
 

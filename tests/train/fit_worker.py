@@ -22,7 +22,7 @@ from made_job import GLOBAL_BATCH, MadeBatches, made_job
 
 from dist_decoder import dist
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import EngineConfig
+from dist_decoder.config.engine import EngineConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import StoppedError
 from dist_decoder.train import engine as engine_module

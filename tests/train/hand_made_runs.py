@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dist_decoder.config.train import AdaptConfig, TrainConfig
+from dist_decoder.config.adapt import AdaptConfig
+from dist_decoder.config.train import TrainConfig
 
 MODEL: dict[str, Any] = {
     "latent_dim": 8,

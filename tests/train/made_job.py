@@ -10,17 +10,12 @@ import numpy as np
 import torch
 
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import (
-    BackboneConfig,
-    CheckpointConfig,
-    EngineConfig,
-    LogConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    PriorConfig,
-    SourcesConfig,
-)
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
+from dist_decoder.config.optim import OptimConfig
+from dist_decoder.config.run import CheckpointConfig, LogConfig
+from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.order import own_positions
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.dist import World

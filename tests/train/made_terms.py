@@ -10,7 +10,8 @@ import torch
 from made_job import GLOBAL_BATCH, MODEL, SUBJECTS, D, E, T, made_batch
 
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import LoraConfig, LossConfig
+from dist_decoder.config.adapt import LoraConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.data.order import own_positions
 from dist_decoder.dist import World, sum_over_ranks
 from dist_decoder.losses.objective import TERMS, active_terms

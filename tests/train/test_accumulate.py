@@ -14,7 +14,8 @@ from test_parity import STEPS, compare, run_and_compare
 from torch import nn
 
 from dist_decoder import dist
-from dist_decoder.config.train import EngineConfig, LossConfig
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.dist import World
 from dist_decoder.losses.objective import active_terms
 from dist_decoder.nn.decoder import Decoder

@@ -12,14 +12,10 @@ from made_job import SUBJECTS, D, E, T
 from test_train_and_adapt import adapt_config, joint_config
 
 from dist_decoder.adapt import adapt
+from dist_decoder.config.adapt import AdaptConfig
 from dist_decoder.config.base import load_config
-from dist_decoder.config.train import (
-    AdaptConfig,
-    BackboneConfig,
-    ClassStatisticsConfig,
-    ModelConfig,
-    PriorConfig,
-)
+from dist_decoder.config.class_statistics import ClassStatisticsConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
 from dist_decoder.data.rows import SubjectRows
 from dist_decoder.errors import CheckpointError, ConfigError, DataError
 from dist_decoder.nn.decoder import Decoder

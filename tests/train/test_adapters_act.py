@@ -8,7 +8,9 @@ import pytest
 import torch
 from made_job import GLOBAL_BATCH, MODEL, SUBJECTS, D, E, T, made_batch
 
-from dist_decoder.config.train import BackboneConfig, LoraConfig, LossConfig, ModelConfig
+from dist_decoder.config.adapt import LoraConfig
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig
 from dist_decoder.dist import World
 from dist_decoder.losses.objective import active_terms
 from dist_decoder.nn.decoder import Decoder

@@ -11,7 +11,8 @@ import torch
 from made_job import SUBJECTS, MadeBatches, made_job
 
 from dist_decoder import dist
-from dist_decoder.config.train import CheckpointConfig, LoraConfig
+from dist_decoder.config.adapt import LoraConfig
+from dist_decoder.config.run import CheckpointConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import CheckpointError
 from dist_decoder.nn.lora import add_lora

@@ -10,7 +10,7 @@ import torch
 from made_job import made_job
 
 from dist_decoder import dist
-from dist_decoder.config.train import EngineConfig
+from dist_decoder.config.engine import EngineConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import ConfigError
 from dist_decoder.train.loop import fit

@@ -14,7 +14,7 @@ from made_job import MadeBatches, made_job
 from test_watchdog import launch, log_of
 
 from dist_decoder import dist
-from dist_decoder.config.train import EngineConfig
+from dist_decoder.config.engine import EngineConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import NonFiniteError
 from dist_decoder.train import loop, update

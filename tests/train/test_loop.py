@@ -14,7 +14,8 @@ from made_job import MadeBatches, made_job
 from ranks import run_ranks, start_ranks
 
 from dist_decoder import dist
-from dist_decoder.config.train import CheckpointConfig, LogConfig, LossConfig
+from dist_decoder.config.loss import LossConfig
+from dist_decoder.config.run import CheckpointConfig, LogConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import CheckpointError, StoppedError, TrainingError
 from dist_decoder.train.canonical import checkpoints_of, read_state

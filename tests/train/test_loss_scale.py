@@ -17,7 +17,8 @@ from ranks import run_ranks
 from dist_decoder import dist
 from dist_decoder.adapt import adapt
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import EngineConfig, OptimConfig
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import ConfigError, NonFiniteError, StoppedError
 from dist_decoder.nn.decoder import Decoder

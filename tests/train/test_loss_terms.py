@@ -11,7 +11,7 @@ from made_terms import SMALL, losses_by_step, made_classes, made_decoder, whole_
 from ranks import run_ranks
 
 from dist_decoder import dist
-from dist_decoder.config.train import LossConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import ConfigError, DataError, TrainingError
 from dist_decoder.losses.objective import TERMS, active_terms

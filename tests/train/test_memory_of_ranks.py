@@ -6,7 +6,7 @@ from made_job import D, T
 from made_terms import made_classes
 from torch import Tensor
 
-from dist_decoder.config.train import LossConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.cuts import chunk_of
 from dist_decoder.dist import World
 from dist_decoder.errors import CheckpointError

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_decoder.config.train import OptimConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.train.optimizer import set_schedule
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_decoder.config.train import LogConfig, TrainConfig
+from dist_decoder.config.run import LogConfig
+from dist_decoder.config.train import TrainConfig
 from dist_decoder.errors import RunError
 from dist_decoder.train.logs import Logs
 from dist_decoder.train.run_folder import cut_metrics, open_run, write_summary

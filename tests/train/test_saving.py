@@ -14,7 +14,7 @@ from made_job import MadeBatches, made_job
 
 from dist_decoder import dist
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import CheckpointConfig, LogConfig
+from dist_decoder.config.run import CheckpointConfig, LogConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import CheckpointError, StorageError, SupersededError
 from dist_decoder.storage import LocalStorage

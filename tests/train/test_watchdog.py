@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ranks import HERE, ROOT
 
-from dist_decoder.config.train import EngineConfig
+from dist_decoder.config.engine import EngineConfig
 from dist_decoder.train.late_ranks import Judge, Sign
 
 

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from dist_decoder import dist
 from dist_decoder.commands.cli import app
-from dist_decoder.config.train import EngineConfig, LogConfig
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.run import LogConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import ConfigError, OutOfMemory, StoppedError
 from dist_decoder.train.checkpoint import find_checkpoint, read_meta

@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 
 from dist_decoder import dist
 from dist_decoder.commands.cli import app
+from dist_decoder.config.adapt import LoraConfig
 from dist_decoder.config.base import to_yaml
-from dist_decoder.config.train import EngineConfig, LoraConfig, OptimConfig
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.optim import OptimConfig
 from dist_decoder.dist import World
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.lora import add_lora

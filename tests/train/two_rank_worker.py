@@ -16,7 +16,9 @@ from made_job import MadeBatches, made_job
 from dist_decoder import dist
 from dist_decoder.adapt import adapt
 from dist_decoder.batch import Batch
-from dist_decoder.config.train import AdaptConfig, CheckpointConfig, EngineConfig
+from dist_decoder.config.adapt import AdaptConfig
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.run import CheckpointConfig
 from dist_decoder.dist import World
 from dist_decoder.train.loop import fit
 

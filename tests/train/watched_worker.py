@@ -20,7 +20,8 @@ from dist_decoder import dist
 from dist_decoder.batch import Batch
 from dist_decoder.config.base import Section
 from dist_decoder.config.commandline import run_verb
-from dist_decoder.config.train import EngineConfig, LogConfig
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.run import LogConfig
 from dist_decoder.train.loop import fit
 
 
