@@ -31,7 +31,14 @@ from data_tools.tar_shard import Sample, write_shard
 from dist_decoder.config.base import load_config
 from dist_decoder.config.loader import BenchConfig
 from dist_decoder.data.bench import bench
-from dist_decoder.formats import EncoderEntry, Manifest, SourceEntry, SplitEntry, SubjectEntry
+from dist_decoder.formats import (
+    EncoderEntry,
+    Manifest,
+    SourceEntry,
+    SplitEntry,
+    SubjectEntry,
+    TokensEntry,
+)
 from dist_decoder.manifest import encode_npy, encode_npz, write_manifest
 from dist_decoder.storage import LocalStorage, open_location, sha256_bytes
 
@@ -108,12 +115,14 @@ def write_profile(path: Path, profile: Profile) -> None:
         for first in range(0, profile.images, profile.images_per_shard)
     )
     statistics = {
-        "pooled_mean_E": np.zeros(profile.pooled_dim, np.float32),
-        "pooled_scale": np.array(1, np.float32),
+        "pooled_mean_E": rng.standard_normal(profile.pooled_dim, np.float32),
+        "pooled_scale": np.array(1.3, np.float32),
     }
+    tokens = None
     if profile.token_shape is not None:
-        statistics["tokens_mean_TD"] = np.zeros(profile.token_shape, np.float32)
-        statistics["tokens_scale"] = np.array(1, np.float32)
+        statistics["tokens_mean_TD"] = rng.standard_normal(profile.token_shape, np.float32)
+        statistics["tokens_scale"] = np.array(0.7, np.float32)
+        tokens = TokensEntry(dtype="float16", max_abs_error=0, relative_error=0)
     targets = encode_npz(statistics)
     storage.write("targets.npz", targets)
     subject = SubjectEntry(num_voxels=profile.num_voxels, mask_fingerprint="", unit="z",
@@ -128,6 +137,7 @@ def write_profile(path: Path, profile: Profile) -> None:
     manifest = Manifest(
         encoder=EncoderEntry(id="random", kind="random", pooled_dim=profile.pooled_dim,
                              token_shape=profile.token_shape),
+        tokens=tokens,
         split=SplitEntry(policy="strict", fingerprint="", num_images={}),
         subjects={f"made/{name}": subject for name in names},
         sources=(source,),

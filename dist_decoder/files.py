@@ -55,9 +55,10 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     partial = path.with_name(f".{path.name}.partial")
     with explained(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _open_locked(partial, path)
+        file = open_locked(partial, path)
         try:
             with file:
+                file.truncate(0)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -68,7 +69,13 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         sync_folder(path.parent)
 
 
-def _open_locked(partial: Path, path: Path) -> IO[bytes]:
+def open_locked(partial: Path, path: Path) -> IO[bytes]:
+    """Return the file under a temporary name, open for this writer alone, with what it holds.
+
+    Raises:
+        StorageError: another process is writing ``path``.
+        OSError: it cannot be opened.
+    """
     while True:
         # Without O_TRUNC: the file of a live writer must stay as it is until its lock is seen.
         file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
@@ -78,7 +85,6 @@ def _open_locked(partial: Path, path: Path) -> IO[bytes]:
             file.close()
             raise StorageError(f"{path} is being written by another process") from error
         if _is_same_file(file, partial):
-            file.truncate(0)
             return file
         # The other writer renamed it between our open and our lock: begin again.
         file.close()

@@ -70,8 +70,9 @@ class SourcesConfig(Section):
     mostly Python; they are started afresh (forkserver), and restarted if they die."""
     cache_mb: NonNegative = 512
     """Decoded samples that a rank keeps in memory."""
-    target_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Targets on their way to the device. bfloat16 halves memory and traffic, rounds standardised
-    targets to 8 bits, and is widened again on the device."""
+    target_dtype: Literal["auto", "stored", "float32", "bfloat16"] = "auto"
+    """Targets on their way to the device. stored: tokens travel as the shards hold them and are
+    widened and standardised on the device, to the same numbers as float32, which the readers make.
+    auto: stored for a CUDA device, else float32. bfloat16 rounds standardised targets to 8 bits."""
     cache: CacheConfig | None = None
     """Keep shards on a local disk; None reads them where they are."""

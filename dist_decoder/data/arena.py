@@ -68,7 +68,12 @@ class Recycled:
         try:
             block = self._free.popleft()
         except IndexError:
-            block = torch.empty(self._size, pin_memory=self._pinned).numpy()
+            # numpy asks the system for huge pages, torch does not.
+            block = (
+                torch.empty(self._size, pin_memory=True).numpy()
+                if self._pinned
+                else np.empty(self._size, np.float32)
+            )
         return handed_out(block, self._free.append)
 
 

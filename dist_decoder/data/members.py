@@ -13,9 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_decoder.batch import TokenStandard
+from dist_decoder.data.npy import checked_array
 from dist_decoder.data.order import Visits, groups
 from dist_decoder.data.sources import MEAN, Shard, Source, rows_within
-from dist_decoder.data.tar_reader import TarReader, Wanted, checked_array, where
+from dist_decoder.data.spans import Wanted, where
+from dist_decoder.data.tar_reader import TarReader
 from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.errors import DataError
 from dist_decoder.formats import LATENT_SHAPE, Manifest
@@ -24,6 +27,12 @@ from dist_decoder.token_dtypes import TOKENS, TOKENS_SCALE
 __all__ = ["LATENT", "POOLED", "TOKENS", "Members", "TargetName"]
 
 TargetName = Literal["pooled", "tokens", "low_level"]
+_TORCH_DTYPES = {
+    np.dtype(np.float16): torch.float16,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.uint16): torch.bfloat16,
+    np.dtype(np.int8): torch.int8,
+}
 POOLED, LATENT = "pooled.npy", "latent.npy"
 
 
@@ -38,6 +47,7 @@ class Members:
         targets: TargetStatistics,
         wanted: Sequence[TargetName],
         reader: TarReader,
+        tokens_as_stored: bool = False,
     ) -> None:
         self.shards = shards
         self.sources = sources
@@ -49,7 +59,9 @@ class Members:
         self.stored: dict[str, tuple[int, ...]] = {}
         """Shape of each member that targets are made of."""
         self.token_dtypes: dict[str, np.dtype[Any]] = {}
-        """Of members that hold no floats."""
+        """What the manifest promises, if it does; uint16 are the bits of bfloat16."""
+        self.standard: TokenStandard | None = None
+        """Set if tokens are handed out as they are stored: how they become targets."""
         self._means: dict[str, tuple[Tensor, float]] = {}
         if "pooled" in wanted:
             self.shapes[POOLED] = (manifest.encoder.pooled_dim,)
@@ -62,11 +74,12 @@ class Members:
             self.shapes[TOKENS] = manifest.encoder.token_shape
             kind = "float" if manifest.tokens is None else manifest.tokens.dtype
             self.parts[TOKENS] = (TOKENS_SCALE, TOKENS) if kind == "int8" else (TOKENS,)
-            if kind in ("int8", "bfloat16"):
-                stored = np.dtype(np.int8 if kind == "int8" else np.uint16)
-                self.token_dtypes[TOKENS] = stored
+            if kind != "float":
+                self.token_dtypes[TOKENS] = np.dtype("uint16" if kind == "bfloat16" else kind)
             mean_TD = torch.from_numpy(targets.tokens_mean_TD)
             self._means[TOKENS] = (mean_TD, targets.tokens_scale)
+            if tokens_as_stored:
+                self.standard = TokenStandard(*self._means[TOKENS])
         if "low_level" in wanted:
             if manifest.low_level is None:
                 raise DataError(
@@ -83,6 +96,16 @@ class Members:
             [self._subjects.index(source.subject) for source in sources], np.int64
         )
         self.num_voxels = {name: manifest.subjects[name].num_voxels for name in self._subjects}
+
+    @property
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """The members that are handed out as they are stored, and as what."""
+        if self.standard is None:
+            return {}
+        # Folders of earlier versions promise no dtype: float32 holds all that they hold.
+        tokens = self.token_dtypes.get(TOKENS, np.dtype(np.float32))
+        dtypes = {TOKENS: _TORCH_DTYPES[tokens], TOKENS_SCALE: torch.float32}
+        return {part: dtypes[part] for part in self.parts[TOKENS]}
 
     def shape(self, item: Wanted, shard: Shard) -> tuple[int, ...]:
         """Return the shape that a member must have."""
@@ -111,7 +134,7 @@ class Members:
         if (array.dtype != wanted) if wanted else (array.dtype.kind != "f"):
             raise DataError(
                 f"{where(shard, item)}: dtype {array.dtype}, the manifest says"
-                f" {wanted or 'a float'}; run `data-tools shard` again"
+                f" {_name_of(wanted)}; run `data-tools shard` again"
             )
         return array
 
@@ -148,3 +171,9 @@ class Members:
         """Return for each subject the positions of its visits, ascending."""
         numbers_B = self._subject_of_source[visits.source_B]
         return {self._subjects[number]: here for number, here in groups(numbers_B)}
+
+
+def _name_of(dtype: np.dtype[Any] | None) -> str:
+    if dtype is None:
+        return "a float"
+    return "bfloat16, as uint16" if dtype == np.uint16 else str(dtype)

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
+
 from dist_decoder.data.cache import NodeCache
 from dist_decoder.data.order import Order
 from dist_decoder.data.sources import Shard
@@ -30,6 +32,8 @@ class Prefetch:
         self._cache = cache
         self._order = order
         self._positions = positions
+        visited = [np.unique(source.shard_N) for source in order.sources]
+        self._num_visited = len(np.unique(np.concatenate(visited)))
         self._budget = _SHARE * max_bytes
         self._pool = ThreadPoolExecutor(downloads, "prefetch")
         self._running: dict[int, Future[None]] = {}
@@ -56,7 +60,9 @@ class Prefetch:
         shards = self._order.shards
         ahead = sum(shards[index].entry.bytes for index in self._seen)
         last = min(self._looked + _STEPS_AT_ONCE, step + _MOST_STEPS)
-        while ahead < self._budget and self._looked < last:
+        # With every shard asked for there is nothing to look for, and orders of later epochs would
+        # push the present one out of memory.
+        while ahead < self._budget and self._looked < last and len(self._seen) < self._num_visited:
             found = self._order.visits(self._looked, self._positions).shard_B
             for index in sorted(set(found.tolist()) - set(self._seen)):
                 ahead += shards[index].entry.bytes

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_decoder.batch import Batch
+from dist_decoder.batch import Batch, StoredTokens
 from dist_decoder.config.sources import SourcesConfig
-from dist_decoder.data.arena import Arena, Recycled, piece_size
+from dist_decoder.data.arena import Arena, Recycled
 from dist_decoder.data.cache import NodeCache
 from dist_decoder.data.members import Members, TargetName
 from dist_decoder.data.order import Order, Visits, own_positions, wanted_kinds
-from dist_decoder.data.samples import Gathered, empty_batch
+from dist_decoder.data.samples import Gathered, empty_batch, size_of_batch
 from dist_decoder.data.sources import choose_subjects, read_indexes, wanted_entries
 from dist_decoder.data.streamed import open_samples
 from dist_decoder.data.tar_reader import TarReader
@@ -29,6 +29,7 @@ from dist_decoder.formats import SplitName
 from dist_decoder.manifest import read_manifest, read_npz
 from dist_decoder.rng import sample_normal
 from dist_decoder.storage import open_location
+from dist_decoder.token_dtypes import TOKENS, TOKENS_SCALE
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,17 @@ class BatchReader:
         self.members = Members(
             self.order.shards, self.order.sources, self.manifest, self.target_statistics,
             spec.targets, TarReader(self.storage, self.cache),
+            tokens_as_stored=config.target_dtype == "stored",
         )  # fmt: skip
         self.samples = open_samples(self.members, config.cache_mb)
-        self._target_dtype = getattr(torch, config.target_dtype)
+        self._target_dtype = torch.bfloat16 if config.target_dtype == "bfloat16" else torch.float32
         self._noise = self._residual_std() if config.synthetic_noise else {}
         self._memory = Recycled(self.batch_floats(), pinned=spec.pinned)
         self._name_samples()
 
     def batch_floats(self) -> int:
         """Return the size of a block (in float32) that holds any batch of this rank."""
-        count = len(self.positions)
-        sizes = [piece_size((count, *shape)) for shape in self.members.shapes.values()]
-        widest = max(self.members.num_voxels.values(), default=0)
-        # Ragged: each visit has one subject, and each subject's piece is rounded up.
-        rounding = sum(piece_size((1,)) for _ in self.members.num_voxels)
-        return sum(sizes) + piece_size((count, widest)) + rounding
+        return size_of_batch(self.members, len(self.positions), self._target_dtype)
 
     def read(self, step: int) -> Batch:
         """Return this rank's batch of a step, in memory that is used again when it is gone."""
@@ -131,7 +128,14 @@ class BatchReader:
             pooled_BE=gathered.pooled_BE,
             tokens_BTD=gathered.tokens_BTD,
             low_level={} if latent_BCHW is None else {"low_level": latent_BCHW},
+            stored_tokens=self._stored(gathered),
         )
+
+    def _stored(self, gathered: Gathered) -> StoredTokens | None:
+        standard, parts = self.members.standard, gathered.stored
+        if standard is None:
+            return None
+        return StoredTokens(parts[TOKENS], parts.get(TOKENS_SCALE), standard)
 
     def counters(self) -> dict[str, dict[str, Any]]:
         """Return what this process asked of the ``cache`` and of files or location
@@ -202,9 +206,18 @@ def spec_of(
     pinned: bool,
     standardise_by: TargetStatistics | None,
 ) -> ReaderSpec:
-    """Return the spec of a loader's reader; ``subjects`` stands for ``config.subjects``."""
+    """Return the spec of a loader's reader.
+
+    Args:
+        subjects: stands for ``config.subjects`` unless it is None.
+        pinned: batches go to a CUDA device, which ``target_dtype=auto`` goes by.
+    """
     if subjects is not None:
         config = config.model_copy(update={"subjects": tuple(subjects)})
+    if config.target_dtype == "auto":
+        # Resolved here: reader processes, which pin nothing, must lay out batches alike.
+        chosen = "stored" if pinned else "float32"
+        config = config.model_copy(update={"target_dtype": chosen})
     return ReaderSpec(
         config,
         seed,

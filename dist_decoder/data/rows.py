@@ -205,7 +205,7 @@ def _subject_rows(source: Source, members: Members, statistics: TargetStatistics
                 for name in members.stored
             }
             for name, values in targets.items():
-                if name in members.token_dtypes:
+                if parts[name].dtype.kind != "f":
                     values.append(decode_tokens(parts[name], parts.get(TOKENS_SCALE)))
                 else:
                     # A copy: a view would keep all bytes of the tar alive.

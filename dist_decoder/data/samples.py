@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_decoder.data.arena import Arena
+from dist_decoder.data.arena import Arena, piece_size
 from dist_decoder.data.members import LATENT, POOLED, TOKENS, Members
 from dist_decoder.data.order import Visits
 from dist_decoder.data.sources import MEAN, Shard, voxel_member
@@ -28,6 +28,8 @@ class Gathered:
     pooled_BE: Tensor | None
     tokens_BTD: Tensor | None
     latent_BCHW: Tensor | None
+    stored: dict[str, Tensor]
+    """Members of the tokens, (B, ...) as they are stored; ``tokens_BTD`` is then None."""
     voxels: dict[str, Tensor]
     """dataset/subject -> (b, V) float32."""
     rows: dict[str, Tensor]
@@ -49,15 +51,37 @@ def empty_batch(
     members: Members, visits: Visits, arena: Arena, target_dtype: torch.dtype
 ) -> Gathered:
     """Return uninitialised tensors for some visits; equal visits give equal places."""
+    stored = {
+        part: arena.empty((len(visits), *members.stored[part]), dtype)
+        for part, dtype in members.stored_dtypes.items()
+    }
     targets = {
         name: arena.empty((len(visits), *shape), target_dtype)
         for name, shape in members.shapes.items()
+        if name not in stored
     }
     voxels, rows = {}, {}
     for subject, here in members.of_subject(visits).items():
         voxels[subject] = arena.empty((len(here), members.num_voxels[subject]))
         rows[subject] = torch.from_numpy(here)
-    return Gathered(targets.get(POOLED), targets.get(TOKENS), targets.get(LATENT), voxels, rows)
+    return Gathered(
+        targets.get(POOLED), targets.get(TOKENS), targets.get(LATENT), stored, voxels, rows
+    )
+
+
+def size_of_batch(members: Members, count: int, target_dtype: torch.dtype) -> int:
+    """Return the size of a block (in float32) that holds any batch of ``count`` visits."""
+    stored = members.stored_dtypes
+    sizes = [piece_size((count, *members.stored[part]), dtype) for part, dtype in stored.items()]
+    sizes += [
+        piece_size((count, *shape), target_dtype)
+        for name, shape in members.shapes.items()
+        if name not in stored
+    ]
+    widest = max(members.num_voxels.values(), default=0)
+    # Ragged: each visit has one subject, and each subject's piece is rounded up.
+    rounding = sum(piece_size((1,)) for _ in members.num_voxels)
+    return sum(sizes) + piece_size((count, widest)) + rounding
 
 
 def targets_of(gathered: Gathered) -> dict[str, Tensor]:
@@ -150,6 +174,8 @@ class ResidentSamples:
                 part: _rows(self._arrays[part], sample_B) for part in self._members.parts[name]
             }
             self._members.decode_(target, name, parts)
+        for part, stored in out.stored.items():
+            copy_rows_(stored, self._arrays[part], sample_B)
         for subject, here in self._members.of_subject(visits).items():
             first_b, row_b = self._first_row[subject][sample_B[here]], visits.row_B[here]
             voxels_bV = out.voxels[subject]
@@ -182,6 +208,17 @@ class ResidentSamples:
 def average(voxels_RV: NDArray[Any]) -> Tensor:
     """Return the (V,) float32 mean of some rows."""
     return torch.from_numpy(np.ascontiguousarray(voxels_RV)).float().mean(dim=0)
+
+
+def copy_rows_(out: Tensor, array: NDArray[Any], rows: NDArray[np.int64]) -> None:
+    """Put rows of an array of stored values into a tensor; uint16 are the bits of bfloat16."""
+    if out.dtype == torch.bfloat16:
+        out, array = out.view(torch.int16), array.view(np.int16)
+    tensor, picked = torch.from_numpy(array), torch.from_numpy(rows)
+    if tensor.dtype == out.dtype:
+        torch.index_select(tensor, 0, picked, out=out)
+    else:
+        out.copy_(tensor.index_select(0, picked))
 
 
 def _rows(array: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:

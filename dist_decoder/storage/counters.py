@@ -49,10 +49,13 @@ class RequestLog:
             for name, count in counts.items():
                 self._counts[name] += count
 
-    def answered(self, seconds: float) -> None:
-        """Note how long one request took."""
+    def answered(self, seconds: float, bytes_read: int | None = None) -> None:
+        """Note how long one request took; with ``bytes_read`` also count it."""
         with self._lock:
             self._latencies.append(seconds)
+            if bytes_read is not None:
+                self._counts["requests"] += 1
+                self._counts["bytes_read"] += bytes_read
 
     def hedges_left(self, share: float) -> bool:
         """Return whether one more read may be sent twice; the first few always may."""

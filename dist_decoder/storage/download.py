@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from dist_decoder.errors import FormatError, StorageError
-from dist_decoder.files import explained, sync_folder
+from dist_decoder.errors import FormatError
+from dist_decoder.files import explained, open_locked, sync_folder
 
 _TRIES = 2
 """More downloads until bytes that do not fit the sha256 are taken for what the object holds."""
@@ -42,7 +41,7 @@ def receive(
     partial = target.with_name(f".{target.name}.partial")
     with explained(target, "written"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial, target) as file:
+        with open_locked(partial, target) as file:
             # Without a checksum nothing tells whether what is there is of the same object.
             digest = _append(file, stream, name, found, keep=sha256 is not None)
             tries_left = _TRIES
@@ -60,24 +59,6 @@ def receive(
             os.fsync(file.fileno())
             os.replace(partial, target)
         sync_folder(target.parent)
-
-
-def _locked(partial: Path, target: Path) -> IO[bytes]:
-    while True:
-        file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise StorageError(f"{target} is being written by another process") from error
-        try:
-            if os.path.samestat(os.fstat(file.fileno()), partial.stat()):
-                return file
-        except FileNotFoundError:
-            file.close()
-            continue
-        # The other writer renamed it between our open and our lock: begin again.
-        file.close()
 
 
 def _append(file: IO[bytes], stream: Stream, name: str, size: int, keep: bool) -> str:

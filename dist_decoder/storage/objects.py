@@ -60,15 +60,20 @@ class ObjectStorage(Storage):
         return wait_for(self._read_whole(checked_name(name)))
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
-        return self.read_ranges(name, [(offset, size)])[0]
+        return bytes(self.read_ranges(name, [(offset, size)])[0])
 
-    def read_ranges(self, name: str, ranges: Sequence[ByteRange]) -> builtins.list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[ByteRange]) -> builtins.list[memoryview]:
         return wait_for(self._read_ranges(checked_name(name), ranges))
+
+    def ask_for_ranges(
+        self, name: str, ranges: Sequence[ByteRange]
+    ) -> Future[builtins.list[memoryview]]:
+        return submit(self._read_ranges(checked_name(name), ranges))
 
     def stream(self, name: str, offset: int, size: int) -> Iterator[bytes]:
         name = checked_name(name)
         starts = iter(range(offset, offset + size, self._part_bytes))
-        ahead: deque[Future[tuple[bytes, str | None]]] = deque()
+        ahead: deque[Future[tuple[memoryview, str | None]]] = deque()
         version: str | None = None
 
         def ask_for_one_more() -> None:
@@ -84,7 +89,7 @@ class ObjectStorage(Storage):
                 piece, found = ahead.popleft().result()
                 version = self._same_version(name, version, found)
                 ask_for_one_more()
-                yield piece
+                yield bytes(piece)
         finally:
             for future in ahead:
                 future.cancel()
@@ -144,15 +149,17 @@ class ObjectStorage(Storage):
             size = int(result.meta["size"])
             if size > _WHOLE_AT_ONCE * self._part_bytes:
                 return None, size
-            return _whole(bytes(await result.bytes_async()), size), size
+            return bytes(_whole(await result.bytes_async(), size)), size
 
         data, size = await self._attempts.run(name, attempt, hedge_bytes=self._part_bytes)
         if data is None:
-            return (await self._read_ranges(name, [(0, size)]))[0]
+            return bytes((await self._read_ranges(name, [(0, size)]))[0])
         self._log.add(bytes_read=size)
         return data
 
-    async def _read_ranges(self, name: str, ranges: Sequence[ByteRange]) -> builtins.list[bytes]:
+    async def _read_ranges(
+        self, name: str, ranges: Sequence[ByteRange]
+    ) -> builtins.list[memoryview]:
         parts = [list(self._parts(offset, size)) for offset, size in ranges]
         work = [
             asyncio.ensure_future(self._read_part(name, *part)) for found in parts for part in found
@@ -162,30 +169,31 @@ class ObjectStorage(Storage):
         finally:
             for task in work:
                 task.cancel()
-        results, version = [], None
+        results: builtins.list[memoryview] = []
+        version: str | None = None
         for found in parts:
             pieces = []
             for _ in found:
                 piece, its_version = next(answers)
                 version = self._same_version(name, version, its_version)
                 pieces.append(piece)
-            results.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+            results.append(pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces)))
         return results
 
     def _parts(self, offset: int, size: int) -> Iterator[ByteRange]:
         for start in range(offset, offset + size, self._part_bytes):
             yield start, min(self._part_bytes, offset + size - start)
 
-    async def _read_part(self, name: str, offset: int, size: int) -> tuple[bytes, str | None]:
+    async def _read_part(self, name: str, offset: int, size: int) -> tuple[memoryview, str | None]:
         """Return a range and what identifies the version of the object."""
 
-        async def attempt() -> tuple[bytes, int, str | None]:
+        async def attempt() -> tuple[memoryview, int, str | None]:
             result = await self._obstore.get_async(
                 self._reader, name, options={"range": (offset, offset + size)}
             )
             held = int(result.meta["size"])
             expected = min(size, max(held - offset, 0))
-            return _whole(bytes(await result.bytes_async()), expected), held, result.meta["e_tag"]
+            return _whole(await result.bytes_async(), expected), held, result.meta["e_tag"]
 
         data, held, version = await self._attempts.run(name, attempt, hedge_bytes=size)
         complete(data, size, f"{self._url}/{name} (of {held} bytes) at byte {offset}")
@@ -221,8 +229,12 @@ class ObjectStorage(Storage):
         return int(meta["size"])
 
 
-def _whole(data: bytes, size: int) -> bytes:
-    """Return a body of the promised length; a shorter one was cut and is asked for again."""
+def _whole(body: Any, size: int) -> memoryview:
+    """Return a body of the promised length; a shorter one was cut and is asked for again.
+
+    The client's own memory, not a copy of it.
+    """
+    data = memoryview(body)
     if len(data) != size:
         raise ConnectionError(f"the body was cut after {len(data)} of {size} bytes")
     return data

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TypeVar
 
 from dist_decoder.errors import StorageError
 from dist_decoder.storage.counters import Counters, RequestLog
@@ -15,6 +16,7 @@ from dist_decoder.storage.download import receive
 ByteRange = tuple[int, int]
 """(offset, size) in bytes."""
 _PIECE_BYTES = 8 << 20
+BytesT = TypeVar("BytesT", bytes, memoryview)
 
 
 class Storage(ABC):
@@ -48,16 +50,25 @@ class Storage(ABC):
             StorageError: the file does not exist, cannot be read, or ends before.
         """
 
-    def read_ranges(self, name: str, ranges: Sequence[ByteRange]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[ByteRange]) -> list[memoryview]:
         """Return several ranges of a file in the order asked for; from an object store together.
 
         Neighbours are not joined: that is the caller's part, who knows what a gap costs. All
-        ranges are of one version of the object.
+        ranges are of one version of the object. The memory may be read-only.
 
         Raises:
             StorageError: as ``read_range``.
         """
-        return [self.read_range(name, offset, size) for offset, size in ranges]
+        return [memoryview(self.read_range(name, offset, size)) for offset, size in ranges]
+
+    def ask_for_ranges(self, name: str, ranges: Sequence[ByteRange]) -> Future[list[memoryview]]:
+        """Return what ``read_ranges`` will have returned: an object store answers meanwhile."""
+        answers: Future[list[memoryview]] = Future()
+        try:
+            answers.set_result(self.read_ranges(name, ranges))
+        except StorageError as error:
+            answers.set_exception(error)
+        return answers
 
     def stream(self, name: str, offset: int, size: int) -> Iterator[bytes]:
         """Yield a range piece by piece in order; later pieces are asked for ahead.
@@ -153,7 +164,7 @@ def checked_name(name: str) -> str:
     return str(PurePosixPath(name))
 
 
-def complete(data: bytes, size: int, where: str) -> bytes:
+def complete(data: BytesT, size: int, where: str) -> BytesT:
     """Return ``data`` if it has ``size`` bytes.
 
     Raises:

@@ -101,5 +101,5 @@ def test_bench_measures_all_three(made: HandMade, readers: str) -> None:
 def test_bench_for_people(made: HandMade) -> None:
     done = data_tools(made, "bench", "bench.seconds=0.1", "bench.rounds=1", "bench.cold=true")
     assert done.returncode == 0, done.stderr
-    for words in ("loader", "webdataset", "raw", "loader / raw read", "p99", "waiting for data"):
+    for words in ("loader", "webdataset", "raw", "loader / raw", "p99", "waiting for data"):
         assert words in done.stdout

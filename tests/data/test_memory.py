@@ -44,7 +44,7 @@ def test_flat_over_epochs(tmp_path: Path, epochs: int, kind: str) -> None:
             # The first two fill what is kept on purpose.
             if epoch >= 2:
                 used.append(resident())
-        assert len(loader.reader.members.reader._files) <= 256
+        assert loader.reader.members.reader.files.num_open <= 256
         assert loader.reader.cache is not None
         assert loader.reader.cache.used_bytes() <= 0.6 * total
     assert max(used) - used[0] < 8e6, [value / 1e6 for value in used]

@@ -2,17 +2,22 @@
 
 import hashlib
 import io
+import os
 import tarfile
 import threading
-from contextlib import AbstractContextManager
+import zlib
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pytest
 
+from dist_decoder.config.sources import CacheConfig
+from dist_decoder.data.cache import NodeCache
 from dist_decoder.data.sources import Shard
-from dist_decoder.data.tar_reader import TarReader, decode_array
+from dist_decoder.data.spans import Slot
+from dist_decoder.data.tar_reader import TarReader
 from dist_decoder.errors import FormatError
 from dist_decoder.formats import IndexSample, ShardEntry, ShardIndex
 from dist_decoder.storage import Storage, open_location
@@ -46,6 +51,7 @@ def make_shard(
             image_uid=key,
             members={e: places[f"{key}.{e}"] for s, e in wanted if s == sample},
             sessions={},
+            crc32={e: zlib.crc32(data) for (s, e), data in wanted.items() if s == sample},
         )
         for sample, key in enumerate(keys)
     )
@@ -159,7 +165,7 @@ def test_missing_member_and_wrong_place(tmp_path: Path) -> None:
         shard.entry, shard.index.model_copy(update={"samples": (first, moved)}),
         "alpha", "train", "measured",
     )  # fmt: skip
-    with pytest.raises(FormatError, match=r"key k2: no member 'm0\.bin' at byte 512"):
+    with pytest.raises(FormatError, match=r"key k2, member 'm0\.bin': it is not at byte 512"):
         reader.read(wrong, [(1, "m0.bin")])
 
 
@@ -184,39 +190,96 @@ def test_threads_share_a_reader(tmp_path: Path) -> None:
     assert not failures
 
 
-def npy(array: np.ndarray) -> memoryview:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return memoryview(buffer.getvalue())
+def slot_for(data: bytes, header_bytes: int) -> tuple[Slot, np.ndarray]:
+    """Return a slot for a member that begins with some bytes, and its memory."""
+    values = np.zeros(len(data) - header_bytes, np.uint8)
+    return Slot(data[:header_bytes], values.data), values
 
 
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.arange(15, dtype=np.float16).reshape(3, 5),
-        np.asfortranarray(np.arange(15, dtype=np.float32).reshape(3, 5)),
-        np.arange(24, dtype=np.float64).reshape(2, 3, 4),
-        np.zeros((0, 7), np.float16),
-    ],
-)
-def test_arrays_are_decoded_without_a_copy(array: np.ndarray) -> None:
-    data = npy(array)
-    decoded = decode_array(data, lambda: "here")
-    np.testing.assert_array_equal(decoded, array)
-    assert decoded.dtype == array.dtype
-    assert array.size == 0 or np.shares_memory(decoded, np.frombuffer(data, np.uint8))
+@pytest.mark.parametrize("where", ["folder", "store", "cache", "damaged cache"])
+def test_values_go_to_their_slots(tmp_path: Path, where: str) -> None:
+    shard, wanted = make_shard(tmp_path, tuple("abcd"), (3000, 70_000, 900))
+    storage = Counting(tmp_path) if where == "store" else open_location(tmp_path)
+    cache = None
+    if "cache" in where:
+        cache = NodeCache(storage, CacheConfig(folder=str(tmp_path / "cache"), max_gb=1))
+        entry = cache.open(shard)
+        assert entry is not None
+        if where == "damaged cache":
+            path = next((tmp_path / "cache").glob("*.tar"))
+            data = bytearray(path.read_bytes())
+            data[shard.index.samples[1].members["m1.bin"][0] + 50_000] ^= 1
+            path.write_bytes(bytes(data))
+    slots: dict[tuple[int, str], Slot | None] = dict.fromkeys(wanted)
+    memory = {}
+    for sample in range(4):
+        item = (sample, "m1.bin")
+        slots[item], memory[item] = slot_for(wanted[item], 128)
+    # Another header than the member has, another size: handed out like any other.
+    other = wanted[0, "m1.bin"]
+    slots[0, "m1.bin"] = Slot(b"x" * 128, memory[0, "m1.bin"].data)
+    slots[1, "m0.bin"] = slot_for(wanted[1, "m0.bin"] + b"x", 10)[0]
+    reader = TarReader(storage, cache)
+    with pytest.warns() if where == "damaged cache" else nullcontext():
+        found = {
+            item: None if data is None else bytes(data)
+            for _, item, data in reader.visit_all([(shard, slots)])
+        }
+    for item, data in found.items():
+        if item in memory and item[0] > 0:
+            assert data is None
+            assert memory[item].tobytes() == wanted[item][128:]
+        else:
+            assert data == wanted[item]
+    assert found[0, "m1.bin"] == other
+    assert sorted(found) == sorted(wanted)
 
 
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (memoryview(b""), "not a .npy array"),
-        (memoryview(b"\x93NUMPY\x01\x00"), "not a .npy array"),
-        (memoryview(b"PK\x03\x04" + bytes(200)), "does not start like"),
-        (npy(np.arange(5)), "dtype int64"),
-        (npy(np.arange(5.0))[:-1], "not a .npy array"),
-    ],
-)
-def test_bytes_that_are_no_array(data: memoryview, words: str) -> None:
-    with pytest.raises(FormatError, match=f"here.*{words}"):
-        decode_array(data, lambda: "here")
+def test_long_reads_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, _ = make_shard(tmp_path, tuple("abcd"), (3000, 300_000))
+    reader = TarReader(open_location(tmp_path))
+    said: list[tuple[str, int]] = []
+    read, advise = os.preadv, os.posix_fadvise
+
+    def noted(descriptor: int, buffers: Any, offset: int) -> int:
+        said.append(("read", offset))
+        return read(descriptor, buffers, offset)
+
+    def announced(descriptor: int, offset: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        said.append(("announced", offset))
+        advise(descriptor, offset, size, advice)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    monkeypatch.setattr(os, "posix_fadvise", announced)
+    far: list[tuple[Shard, dict[tuple[int, str], None]]] = [
+        (shard, {(sample, "m1.bin"): None}) for sample in (0, 3)
+    ]
+    for _ in reader.visit_all([*far, (shard, {(1, "m0.bin"): None})]):
+        continue
+    offsets = [shard.index.samples[n].members["m1.bin"][0] - 512 for n in (0, 3)]
+    small = shard.index.samples[1].members["m0.bin"][0] - 512
+    assert said[:2] == [("announced", offset) for offset in offsets]
+    assert said[2:] == [("read", offset) for offset in (*offsets, small)]
+
+
+def test_short_answers_of_the_system_are_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, wanted = make_shard(tmp_path, tuple("ab"), (3000, 5000))
+    reader = TarReader(open_location(tmp_path))
+    read = os.preadv
+
+    def little(descriptor: int, buffers: Any, offset: int) -> int:
+        return read(descriptor, [memoryview(buffers[0])[:700]], offset)
+
+    monkeypatch.setattr(os, "preadv", little)
+    item = (0, "m1.bin")
+    slot, values = slot_for(wanted[item], 128)
+    found = {name: data for _, name, data in reader.visit_all([(shard, {item: slot})])}
+    assert found == {item: None}
+    assert values.tobytes() == wanted[item][128:]
+    with pytest.raises(FormatError, match="ends before byte"):
+        reader.files.read(
+            reader.files.open(shard), shard, shard.index.tar_bytes - 10, [values.data]
+        )
