@@ -22,10 +22,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from data_tools.zarr_arrays import zarr_place
-from dist_decoder.config.secrets import without_secrets
+from data_tools.zarr_arrays import open_array, read_rows
 from dist_decoder.config.storage import StorageConfig
-from dist_decoder.errors import DataError, DistDecoderError, FormatError
+from dist_decoder.errors import DataError, FormatError
 from dist_decoder.storage import Storage, join_location, open_location
 
 FORMAT = "dist-decoder-embeddings"
@@ -56,6 +55,7 @@ class EmbeddingStore:
         self.protocol: dict[str, Any] = encoder["protocol"]
         self.sources = tuple(Source(*row) for row in header["sources"])
         self.uids = tuple(source.image_uid for source in self.sources)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
         self._row = {uid: row for row, uid in enumerate(self.uids)}
 
     @classmethod
@@ -113,15 +113,12 @@ class EmbeddingStore:
         rows, inverse = np.unique([self._row[uid] for uid in uids], return_inverse=True)
         where = f"{self.storage.describe()}/{name}"
         try:
-            array = zarr.open_array(zarr_place(self.storage, name), mode="r", zarr_format=3)
-            if not len(rows):
-                return np.empty((0, *array.shape[1:]), dtype=array.dtype)
-            values = np.asarray(array.oindex[rows])
-        except DistDecoderError:
-            raise
-        except Exception as error:  # each layer of zarr raises its own types
-            reason = without_secrets(str(error).partition("\n")[0])
-            raise FormatError(f"{where} cannot be read ({reason}): {REMEDY}") from None
+            # Kept: opening asks an object store once more for each batch.
+            if name not in self._arrays:
+                self._arrays[name] = open_array(self.storage, name)[0]
+            values = read_rows(where, self._arrays[name], rows)
+        except FormatError as error:
+            raise FormatError(f"{error}; or {REMEDY}") from None
         # zarr answers with the fill value, NaN, for a file that is missing.
         if not np.isfinite(values).all():
             raise FormatError(f"{where} lacks rows: a file is missing: {REMEDY}")

@@ -25,6 +25,8 @@ _UNIT_BYTES = 1 << 26
 """Rows are written in files of about this size; an interrupted embed loses one at most."""
 _CHUNK_BYTES = 1 << 18
 """Smallest unit of a read."""
+_CONFIG: Any = {"write_empty_chunks": True}
+"""No row is empty: looking for that in every value costs as much as writing it."""
 
 
 class EmbeddingWriter:
@@ -107,11 +109,12 @@ class EmbeddingWriter:
                     compressors=[zarr.codecs.Crc32cCodec()],
                     fill_value=np.nan,
                     zarr_format=3,
+                    config=_CONFIG,
                 )
             except zarr.errors.ContainsArrayError:
                 # Another part was quicker; it made the same array.
                 place = zarr_place(self.storage, name)
-        array = zarr.open_array(place, mode="r+", zarr_format=3)
+        array = zarr.open_array(place, mode="r+", zarr_format=3, config=_CONFIG)
         if array.shape[0] != rows:
             array.resize((rows, *shape))
         return array

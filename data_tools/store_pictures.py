@@ -96,12 +96,9 @@ class Pictures:
         all_rows = (starts[:, None] + np.arange(size)).reshape(-1)
         all_rows = all_rows[all_rows < stored.shape[0]]
         where = f"{self._storage.describe()}/{name}"
-        if len(firsts) == 1:
-            chunks[name, firsts[0]] = read_rows(where, stored, slice(firsts[0], firsts[0] + size))
-        elif firsts:
-            values = read_rows(where, stored, all_rows)
-            for number, first in enumerate(firsts):
-                chunks[name, first] = values[number * size : (number + 1) * size]
+        values = read_rows(where, stored, all_rows)
+        for number, first in enumerate(firsts):
+            chunks[name, first] = values[number * size : (number + 1) * size]
 
     def _place(self, dataset: str, stimulus_id: str) -> tuple[str, int]:
         places = self.places(dataset)

@@ -24,6 +24,8 @@ from dist_decoder.token_dtypes import (
     encode_tokens,
 )
 
+_EXACT = ("float16", "float32")
+"""The encoder's tokens are float16: these hold them as they are."""
 _BATCH_BYTES = 1 << 26
 """Float64 targets in memory at a time."""
 
@@ -74,13 +76,13 @@ class _Moments:
         with progress(f"statistics of {name}", 2 * len(uids)) as counter:
             total: Any = 0
             for batch, values in _ahead(read, batches):
-                total = total + values.astype(np.float64).sum(axis=0)
+                total = total + values.sum(axis=0, dtype=np.float64)
                 counter.advance(len(batch))
             self._mean = np.asarray(total) / len(uids)
             squares, self._largest, self._error = 0.0, 0.0, 0.0
             for batch, values in _ahead(read, batches):
                 squares += float(((values - self._mean) ** 2).sum())
-                if dtype is not None:
+                if dtype is not None and dtype not in _EXACT:
                     self._add_error(values, dtype)
                 counter.advance(len(batch))
         self._scale = float(np.sqrt(squares / (len(uids) * self._mean.size)))

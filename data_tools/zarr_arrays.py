@@ -9,6 +9,7 @@ appear one by one, and ``zarr.json``, without which nothing is an array, comes l
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ _CHUNK_BYTES = 1 << 18
 """Smallest unit of a read."""
 _SHARD_BYTES = 1 << 28
 """Largest file."""
+_RUNS_AT_ONCE = 16
 _REMEDY = "remove it and run the command again that wrote it (`data-tools ingest` the store)"
 
 
@@ -120,27 +122,49 @@ def open_array(storage: Storage, name: str) -> tuple[zarr.Array[Any], dict[str, 
         raise FormatError(f"{where}: not a zarr 3 array ({_line(error)}): {_REMEDY}") from error
 
 
-def read_rows(
-    where: str, stored: zarr.Array[Any], rows: slice | int | NDArray[np.intp]
-) -> NDArray[Any]:
+def read_rows(where: str, stored: zarr.Array[Any], rows: slice | NDArray[np.intp]) -> NDArray[Any]:
     """Return rows of an opened array; the caller checks their checksum.
 
     Args:
         where: place of the array, for messages.
         stored: of ``open_array``.
-        rows: of the first axis; only their chunks are read.
+        rows: of the first axis, sorted; only their chunks are read, from an object store together.
 
     Raises:
         FormatError: a chunk is truncated or damaged.
     """
     try:
-        return np.asarray(stored.oindex[rows] if isinstance(rows, np.ndarray) else stored[rows])
+        return _take(stored, rows) if isinstance(rows, np.ndarray) else np.asarray(stored[rows])
     except DistDecoderError:
         raise
     except Exception as error:  # each codec raises its own types
         raise FormatError(
             f"{where}: a chunk is truncated or damaged ({_line(error)}): {_REMEDY}"
         ) from error
+
+
+def _take(stored: zarr.Array[Any], rows: NDArray[np.intp]) -> NDArray[Any]:
+    """As ``stored.oindex[rows]``, which costs twenty times as much CPU on wide rows."""
+    values = np.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype)
+    if not len(rows):
+        return values
+    size = stored.chunks[0]
+    chunk_of = rows // size
+    # Runs of rows whose chunks are neighbours.
+    starts = np.flatnonzero(np.diff(chunk_of, prepend=chunk_of[0] - 2) > 1)
+    runs = [slice(*run) for run in zip(starts, [*starts[1:], len(rows)], strict=True)]
+
+    def take(run: slice) -> None:
+        first, last = int(chunk_of[run][0]) * size, (int(chunk_of[run][-1]) + 1) * size
+        values[run] = np.asarray(stored[first:last])[rows[run] - first]
+
+    if len(runs) == 1 or not isinstance(stored.store, LocationStore):
+        for run in runs:
+            take(run)
+    else:
+        with ThreadPoolExecutor(_RUNS_AT_ONCE) as threads:
+            list(threads.map(take, runs))
+    return values
 
 
 def read_attributes(storage: Storage, name: str) -> dict[str, Any] | None:
