@@ -8,7 +8,7 @@ from data_tools.check_report import CheckRow
 from data_tools.near_duplicates import close_pairs, perceptual_hashes
 from data_tools.split_policies import by_role
 from data_tools.splits import SPLIT_NAME, read_split, verify_split
-from data_tools.store import Store
+from data_tools.store import open_store
 from dist_decoder.config.data import DataConfig
 from dist_decoder.errors import DistDecoderError
 from dist_decoder.formats import MANIFEST_NAME
@@ -19,7 +19,7 @@ from dist_decoder.storage import Storage, open_location, sha256_bytes
 def check_outputs(config: DataConfig) -> list[CheckRow]:
     """Return rows on the split and the shards of a configuration, as far as they exist."""
     rows = []
-    if (config.store / SPLIT_NAME).is_file():
+    if open_store(config).storage.exists(SPLIT_NAME):
         rows.append(_split(config))
         if config.split.near_duplicate_bits is not None:
             rows.append(_near_duplicates(config, config.split.near_duplicate_bits))
@@ -34,7 +34,7 @@ def check_outputs(config: DataConfig) -> list[CheckRow]:
 
 def _split(config: DataConfig) -> CheckRow:
     try:
-        store = Store(config.store)
+        store = open_store(config)
         made = read_split(store)
         verify_split(store, made)
     except DistDecoderError as error:
@@ -46,7 +46,7 @@ def _split(config: DataConfig) -> CheckRow:
 def _near_duplicates(config: DataConfig, max_bits: int) -> CheckRow:
     fact = "near duplicates"
     try:
-        store = Store(config.store)
+        store = open_store(config)
         images = read_split(store).images
         hashes = perceptual_hashes(store, images)
     except DistDecoderError as error:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.embedding_store import EmbeddingWriter, Source, embeddings_location
+from data_tools.behind import Behind
+from data_tools.embedding_store import Source, embeddings_location
+from data_tools.embedding_writer import EmbeddingWriter
 from data_tools.share import Share, held, own_share, run_workers
-from data_tools.store import Store
+from data_tools.store import Store, open_store
 from dist_decoder.config.data import DataConfig
 from dist_decoder.config.progress import Progress, progress
 from dist_decoder.encoders import Encoder, ImageEncoder, LabelEncoder, open_encoder
@@ -48,14 +50,14 @@ def _embed_by(
     encoder: Encoder, config: DataConfig, work: Callable[[DataConfig, Share], int]
 ) -> dict[str, Any]:
     """Embed by one encoder; ``work`` does a share of it in another process."""
-    store = Store(config.store)
+    store = open_store(config)
     datasets = store.require([dataset.dataset for dataset in config.datasets])
     sources = _sources(store, datasets, encoder)
     share = own_share(config.embed.part, "embed.part")
     storage = embeddings_location(config.derived, encoder.id, config.storage)
     embedded, missing = 0, 0
     with held(storage, share, "embed"):
-        writer = EmbeddingWriter(storage, encoder, sources, share)
+        writer = EmbeddingWriter(storage, encoder, sources)
         if not writer.complete:
             writer.begin()
             if config.embed.workers > 1:
@@ -89,10 +91,10 @@ def _latent_share(config: DataConfig, share: Share) -> int:
 
 
 def _share_by(encoder: Encoder, config: DataConfig, share: Share) -> int:
-    store = Store(config.store)
+    store = open_store(config)
     datasets = store.require([dataset.dataset for dataset in config.datasets])
     storage = embeddings_location(config.derived, encoder.id, config.storage)
-    writer = EmbeddingWriter(storage, encoder, _sources(store, datasets, encoder), share)
+    writer = EmbeddingWriter(storage, encoder, _sources(store, datasets, encoder))
     writer.begin()
     return _embed_units(store, encoder, writer, config, share)
 
@@ -102,12 +104,13 @@ def _embed_units(
 ) -> int:
     units = writer.missing(share)
     rows = sum(map(len, units))
-    with progress(f"embed {encoder.id}", rows) as counter:
+    with progress(f"embed {encoder.id}", rows) as counter, Behind(1) as writing:
+        # One unit is written while the next one is embedded.
         for unit in units:
             pooled_ME, tokens_MTD = _encode(
                 store, encoder, writer.unit_sources(unit), config, counter
             )
-            writer.write_unit(unit, pooled_ME, tokens_MTD)
+            writing.do(writer.write_unit, unit, pooled_ME, tokens_MTD)
     return rows
 
 
@@ -177,7 +180,7 @@ def _encode(
 def _encode_pictures(
     store: Store, encoder: ImageEncoder, batch: Sequence[Source]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    pictures = [store.image(source.dataset, source.stimulus_id) for source in batch]
+    pictures = store.images([(source.dataset, source.stimulus_id) for source in batch])
     try:
         return encoder.encode_images(pictures)
     except DataError as error:

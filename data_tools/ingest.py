@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from data_tools.datasets.protocol import TRIAL_COLUMNS, Dataset, Stimulus, VoxelTable
 from data_tools.datasets.registry import open_dataset
 from data_tools.ingest_sessions import OpenReader, Outcome, SessionIngest
-from data_tools.store import COLUMNS, Store
+from data_tools.share import Share, held
+from data_tools.store import COLUMNS
+from data_tools.store_writer import StoreWriter
 from dist_decoder.config.data import DataConfig, DatasetConfig
 from dist_decoder.config.progress import Progress, progress
 from dist_decoder.errors import DataError
-from dist_decoder.storage import exclusive
 
 _SPLITS = ("train", "test", "imagery", "")
 _SESSIONS_SHOWN = 5
@@ -64,8 +65,8 @@ def ingest(config: DataConfig, open_reader: OpenReader = open_dataset) -> list[I
     """
     if not config.datasets:
         raise DataError("the configuration lists no datasets; add an entry under `datasets`")
-    store = Store(config.store)
-    with exclusive(config.store, "ingest"):
+    store = StoreWriter(config.store_location, config.storage)
+    with held(store.storage, Share(), "ingest"):
         return [
             _ingest_dataset(store, entry, open_reader, config.ingest.workers)
             for entry in config.datasets
@@ -103,7 +104,7 @@ def _invalid_lines(counts: Mapping[str, int]) -> list[str]:
 
 
 def _ingest_dataset(
-    store: Store, config: DatasetConfig, open_reader: OpenReader, workers: int
+    store: StoreWriter, config: DatasetConfig, open_reader: OpenReader, workers: int
 ) -> IngestedDataset:
     name = config.dataset
     reader = open_reader(config)

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.datasets.protocol import Dataset
-from data_tools.store import Store
+from data_tools.store_writer import StoreWriter
 from dist_decoder.config.data import DatasetConfig
+from dist_decoder.config.storage import StorageConfig
 from dist_decoder.errors import DataError
 
 OpenReader = Callable[[DatasetConfig], Dataset]
@@ -57,7 +58,7 @@ class SessionIngest:
 
     def __init__(
         self,
-        store: Store,
+        store: StoreWriter,
         config: DatasetConfig,
         open_reader: OpenReader,
         reader: Dataset,
@@ -109,7 +110,7 @@ class SessionIngest:
                 self._workers,
                 multiprocessing.get_context("spawn"),
                 _start,
-                (self._store.path, self._config, self._open_reader),
+                (self._store.place, self._store.policy, self._config, self._open_reader),
             )
         try:
             for future in as_completed([self._pool.submit(_ingest_here, task) for task in tasks]):
@@ -122,12 +123,14 @@ class SessionIngest:
             ) from error
 
 
-_worker: tuple[Store, Dataset, str] | None = None
+_worker: tuple[StoreWriter, Dataset, str] | None = None
 
 
-def _start(store: Path, config: DatasetConfig, open_reader: OpenReader) -> None:
+def _start(
+    place: str | Path, policy: StorageConfig | None, config: DatasetConfig, open_reader: OpenReader
+) -> None:
     global _worker
-    _worker = Store(store), open_reader(config), config.dataset
+    _worker = StoreWriter(place, policy), open_reader(config), config.dataset
     # A killed parent closes no queue that the workers wait on: without this they stay for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -145,7 +148,7 @@ def _ingest_here(task: _Task) -> Outcome:
     return _ingest(store, reader, dataset, task)
 
 
-def _ingest(store: Store, reader: Dataset, dataset: str, task: _Task) -> Outcome:
+def _ingest(store: StoreWriter, reader: Dataset, dataset: str, task: _Task) -> Outcome:
     betas_NV = reader.betas(task.subject, task.session)
     shape = (task.wanted["rows"], task.wanted["voxels"])
     where = f"{dataset}/{task.subject} session {task.session}"

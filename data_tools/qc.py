@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.qc_measure import OUTLIER_RMS, SubjectQuality, measure_subject
-from data_tools.store import Store
+from data_tools.store import open_store
 from dist_decoder.config.data import DataConfig
 from dist_decoder.config.progress import progress
 from dist_decoder.storage import atomic_write_bytes, atomic_write_json
@@ -39,7 +39,7 @@ def qc(config: DataConfig) -> dict[str, object]:
     """
     from data_tools.qc_page import render_index, render_page
 
-    store = Store(config.store)
+    store = open_store(config)
     datasets = store.require([dataset.dataset for dataset in config.datasets])
     subjects = [(name, subject) for name in datasets for subject in store.subjects(name)]
     folder = config.output / "qc"

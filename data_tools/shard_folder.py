@@ -4,75 +4,70 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
-from typing import Any
+import threading
+from collections.abc import Iterable
 
-from data_tools.share import PARTS, Share, part_files
-from dist_decoder.errors import FormatError
+from data_tools.markers import Markers
 from dist_decoder.formats import MANIFEST_NAME, Manifest, ShardEntry
 from dist_decoder.manifest import index_name, read_manifest
-from dist_decoder.storage import Storage, json_bytes, sha256_file
+from dist_decoder.storage import Storage, sha256_file
 
 _OURS = ("*.tar", "*.index.json", "statistics/*.npz")
 
 
 class Journal:
-    """Names the tars that are finished: this part's, and what other parts wrote down.
+    """Names the tars that are finished, whoever wrote them.
+
+    May be used by several threads.
 
     Args:
         storage: where the shards are written.
         recipe: tars of another one are none of these.
-        share: of the process that writes.
     """
 
-    def __init__(self, storage: Storage, recipe: str, share: Share) -> None:
+    def __init__(self, storage: Storage, recipe: str) -> None:
         self._storage = storage
-        self._recipe = recipe
-        self._name = f"{PARTS}/{share}.json"
-        self._own: dict[str, Any] = {}
-        self._others: dict[str, Any] = {}
+        self._markers = Markers(storage, recipe)
+        self._named: dict[str, ShardEntry] = {}
         self._checked: set[str] = set()
+        self._lock = threading.Lock()
+        self._trusting = False
         self.written = 0
-        self.refresh()
 
-    def refresh(self) -> None:
-        """Read what all parts have written down by now."""
-        for name in part_files(self._storage):
-            where = f"{self._storage.describe()}/{name}"
-            try:
-                held = json.loads(self._storage.read(name))
-                recipe, shards = held["recipe"], held["shards"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise FormatError(f"{where} is damaged ({error}); remove it") from error
-            if recipe == self._recipe and name == self._name:
-                self._own = {**shards, **self._own}
-            elif recipe == self._recipe:
-                self._others |= shards
+    def refresh(self, names: Iterable[str]) -> None:
+        """Read which of some tars all parts have finished by now."""
+        unknown = [name for name in names if name not in self._named]
+        for name, held in self._markers.find(unknown).items():
+            self._named[name] = ShardEntry.model_validate(held)
+            if self._trusting:
+                self._checked.add(name)
 
     def named(self, name: str) -> ShardEntry | None:
         """Return a tar that some part finished, by its word."""
-        held = self._own.get(name) or self._others.get(name)
-        return ShardEntry.model_validate(held) if held else None
+        return self._named.get(name)
 
     def intact(self, name: str) -> ShardEntry | None:
         """Return a tar that some part finished, if its bytes are still those."""
         entry = self.named(name)
         if entry is None or name in self._checked or is_intact(self._storage, entry):
-            self._checked.add(name)
             return entry
         return None
 
-    def trust(self) -> None:
-        """Take the tars that are named by now as intact: this call has just written them."""
-        self._checked |= {*self._own, *self._others}
+    def trust_others(self) -> None:
+        """Take tars that other processes name from now on as intact: they are just written."""
+        self._trusting = True
 
     def add(self, entry: ShardEntry) -> None:
         """Name a tar as finished."""
-        self.written += 1
-        self._own[entry.name] = entry.model_dump(mode="json")
-        self._checked.add(entry.name)
-        held = {"recipe": self._recipe, "shards": self._own}
-        self._storage.write(self._name, json_bytes(held))
+        self._markers.add(entry.name, entry.model_dump(mode="json"))
+        with self._lock:
+            self.written += 1
+            self._named[entry.name] = entry
+            self._checked.add(entry.name)
+
+    def clear(self) -> None:
+        """Forget everything: the manifest names the tars now."""
+        self._markers.clear()
 
 
 def is_intact(storage: Storage, entry: ShardEntry) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +28,23 @@ from dist_decoder.token_dtypes import encode_tokens
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test", "imagery")
 
 
+class Responses(Protocol):
+    """The responses of one subject."""
+
+    def rows(self, numbers: Sequence[int]) -> NDArray[Any]:
+        """Return (R, V) rows in the dtype of the shards."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of one image and subject."""
 
-    voxels_RV: NDArray[Any]
+    numbers: tuple[int, ...]
+    """In the responses of the subject."""
     infos: tuple[RowInfo, ...]
+    """Of what the shards hold: one per row, or one of the mean."""
+    is_mean: bool = False
+    """The shards hold the mean of the rows."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Source:
     """image_uids."""
     rows: Mapping[str, Mapping[str, Rows]]
     """image_uid -> subject name -> rows."""
+    responses: Mapping[str, Responses]
+    """By subject name; they are asked for when a tar is packed."""
     categories: Mapping[str, tuple[str, ...]]
 
     @property
@@ -77,6 +90,7 @@ def measured_sources(
         DataError: a subject's name cannot be part of a member name.
     """
     categories = _categories(store, dataset, subjects)
+    responses = {one.subject: one for one in subjects}
     found: dict[str, dict[str, dict[str, Rows]]] = {name: {} for name in _SPLITS}
     for one in subjects:
         _check_name(one.dataset, one.subject)
@@ -90,8 +104,7 @@ def measured_sources(
                 average = config.shard.average_trials or (
                     config.shard.average_test_trials and split in ("test", "imagery")
                 )
-                picked = _pick(one.voxels_NV, columns, rows, average, config)
-                found[split].setdefault(uid, {})[one.subject] = picked
+                found[split].setdefault(uid, {})[one.subject] = _pick(columns, rows, average)
     return [
         Source(
             dataset,
@@ -99,6 +112,7 @@ def measured_sources(
             "measured",
             _order(found[name], dataset, name, config.seed),
             found[name],
+            responses,
             categories,
         )
         for name in _SPLITS
@@ -115,14 +129,15 @@ def synthetic_sources(store: Store, split: Split, dataset: str, config: DataConf
     """
     dtype = np.dtype(config.shard.voxel_dtype)
     found: dict[str, dict[str, Rows]] = {}
+    responses = {}
     for subject in store.subjects(dataset):
         if split.is_holdout(dataset, subject):
             continue
         synthetic = read_synthetic(config.derived, dataset, subject, config.storage)
+        responses[subject] = _Synthetic(synthetic.responses_nV.astype(dtype))
         for row, (uid, origin) in enumerate(zip(synthetic.uids, synthetic.provenance, strict=True)):
             info = RowInfo(session=0, run=0, trial=-1, provenance=origin)
-            voxels_RV = synthetic.responses_nV[row : row + 1].astype(dtype)
-            found.setdefault(uid, {})[subject] = Rows(voxels_RV, (info,))
+            found.setdefault(uid, {})[subject] = Rows((row,), (info,))
     for uid in sorted(found):
         places = {name: images[uid] for name, images in split.images.items() if uid in images}
         if set(places.values()) != {"train"}:
@@ -136,7 +151,7 @@ def synthetic_sources(store: Store, split: Split, dataset: str, config: DataConf
         one.image_uid: one.categories for name in split.images for one in store.stimuli(name)
     }
     order = _order(found, dataset, "synthetic", config.seed)
-    return [Source(dataset, "train", "synthetic", order, found, categories)]
+    return [Source(dataset, "train", "synthetic", order, found, responses, categories)]
 
 
 def source_samples(
@@ -182,7 +197,8 @@ def source_samples(
             latent_CHW = latents_MF[number].reshape(LATENT_SHAPE).astype(np.float16)
             members.append(("latent.npy", encode_npy(latent_CHW)))
         for subject, rows in by_subject.items():
-            members.append((f"{subject}.voxels.npy", encode_npy(rows.voxels_RV)))
+            voxels_RV = _voxels(source.responses[subject], rows, config)
+            members.append((f"{subject}.voxels.npy", encode_npy(voxels_RV)))
         sessions = {
             subject: tuple(info.session for info in rows.infos)
             for subject, rows in by_subject.items()
@@ -190,26 +206,38 @@ def source_samples(
         yield Sample(key, uid, tuple(members), sessions)
 
 
-def _pick(
-    voxels_NV: NDArray[Any],
-    columns: list[list[int]],
-    rows: list[int],
-    average: bool,
-    config: DataConfig,
-) -> Rows:
+class _Synthetic:
+    """Rows of an array in memory."""
+
+    def __init__(self, responses_nV: NDArray[Any]) -> None:
+        self._responses_nV = responses_nV
+
+    def rows(self, numbers: Sequence[int]) -> NDArray[Any]:
+        return self._responses_nV[list(numbers)]
+
+
+def _voxels(responses: Responses, rows: Rows, config: DataConfig) -> NDArray[Any]:
+    """Return what a sample holds of one subject: (R, V), or (1, V) if rows are averaged."""
+    voxels_RV = responses.rows(rows.numbers)
+    if not rows.is_mean:
+        return voxels_RV
+    mean_V = voxels_RV.astype(np.float64).mean(axis=0)
+    if config.shard.average_scale == "sqrt_n":
+        mean_V *= np.sqrt(len(rows.numbers))
+    return np.asarray(mean_V[None].astype(voxels_RV.dtype))
+
+
+def _pick(columns: list[list[int]], rows: list[int], average: bool) -> Rows:
     session, run, trial, repetition = ([column[row] for row in rows] for column in columns)
     if average:
-        mean_V = voxels_NV[rows].astype(np.float64).mean(axis=0)
-        if config.shard.average_scale == "sqrt_n":
-            mean_V *= np.sqrt(len(rows))
         # The last session, so that a limit on sessions never lets a later one in.
         info = RowInfo(session=max(session), run=0, trial=-1, repetitions=len(rows))
-        return Rows(mean_V[None].astype(voxels_NV.dtype), (info,))
+        return Rows(tuple(rows), (info,), is_mean=True)
     infos = tuple(
         RowInfo(session=session[i], run=run[i], trial=trial[i], repetition=repetition[i])
         for i in range(len(rows))
     )
-    return Rows(voxels_NV[rows], infos)
+    return Rows(tuple(rows), infos)
 
 
 def _order(images: Iterable[str], dataset: str, split: str, seed: int) -> tuple[str, ...]:

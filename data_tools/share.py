@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from data_tools.markers import MARKERS
 from dist_decoder.errors import ConfigError
 from dist_decoder.storage import Storage, exclusive
 
 ConfigT = TypeVar("ConfigT")
-PARTS = "unfinished"
-"""Folder with one file per part on what it has finished, until everything is."""
 _SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
 
 
@@ -97,22 +95,9 @@ def held(storage: Storage, share: Share, action: str) -> Iterator[None]:
     else:
         with (
             exclusive(storage.path, action, shared=True),
-            exclusive(storage.path / PARTS / str(share), f"{action} of part {share}"),
+            exclusive(storage.path / MARKERS / str(share), f"{action} of part {share}"),
         ):
             yield
-
-
-def part_files(storage: Storage) -> list[str]:
-    """Return the names of the files that parts wrote."""
-    return [name for name in storage.list(PARTS) if name.endswith(".json")]
-
-
-def remove_parts(storage: Storage) -> None:
-    """Remove what the parts wrote: everything is finished."""
-    for name in part_files(storage):
-        storage.remove(name)
-    if storage.path is not None:
-        shutil.rmtree(storage.path / PARTS, ignore_errors=True)
 
 
 def run_workers(work: Callable[[ConfigT, Share], int], config: ConfigT, shares: list[Share]) -> int:

@@ -20,6 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from data_tools.share import Share, held
 from data_tools.split_policies import (
     keep_categories_apart,
     keep_near_duplicates_apart,
@@ -27,12 +28,12 @@ from data_tools.split_policies import (
     paper_notes,
     synset_notes,
 )
-from data_tools.store import Store
+from data_tools.store import Store, open_store
 from dist_decoder.config.base import Section, fingerprint
 from dist_decoder.config.data import DataConfig, HoldoutConfig, SplitConfig
 from dist_decoder.errors import ConfigError, DataError, FormatError, SplitError
 from dist_decoder.rng import key64
-from dist_decoder.storage import atomic_write_json, exclusive
+from dist_decoder.storage import json_bytes
 
 SPLIT_NAME = "split.json"
 SPLITS = ("train", "validation", "test", "imagery", "excluded")
@@ -114,11 +115,11 @@ def split(config: DataConfig) -> dict[str, Any]:
     Raises:
         SplitError: an image is in train and test although the policy forbids it.
     """
-    store = Store(config.store)
+    store = open_store(config)
     made = make_split(store, config)
     verify_split(store, made)
-    with exclusive(config.store, "split"):
-        atomic_write_json(store.path / SPLIT_NAME, made.model_dump(mode="json"))
+    with held(store.storage, Share(), "split"):
+        store.storage.write(SPLIT_NAME, json_bytes(made.model_dump(mode="json")))
     return {
         "policy": made.policy,
         "fingerprint": made.fingerprint,
@@ -148,11 +149,11 @@ def read_split(store: Store, config: DataConfig | None = None) -> Split:
         FormatError: there is none, or it is damaged.
         SplitError: another configuration made it.
     """
-    path = store.path / SPLIT_NAME
-    if not path.is_file():
+    path = f"{store.storage.describe()}/{SPLIT_NAME}"
+    if not store.storage.exists(SPLIT_NAME):
         raise FormatError(f"{path} does not exist; run `data-tools split` first")
     try:
-        made = Split.model_validate(json.loads(path.read_bytes()))
+        made = Split.model_validate(json.loads(store.storage.read(SPLIT_NAME)))
     except (ValueError, ValidationError) as error:
         raise FormatError(f"{path} is damaged or of another version; {_REMEDY}") from error
     if made.fingerprint != _identity(made):

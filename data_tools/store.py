@@ -7,13 +7,15 @@
     <store>/stimuli/<dataset>.zarr/images/<block>  (M, H, W, 3) uint8, equal sizes in a block
     <store>/embeddings, synthetic, split.json      see their modules
 
+It lies in a folder or in an object store. ``store_writer`` writes it.
+
 Axes: N trials, V voxels of one subject, M images of a block, H x W pixels.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +24,19 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from data_tools.datasets.protocol import TRIAL_COLUMNS, Stimulus, VoxelTable
+from data_tools.store_pictures import Pictures
 from data_tools.zarr_arrays import (
     open_array,
     read_array,
     read_attributes,
     read_group,
     read_rows,
-    write_array,
-    write_group,
 )
 from dist_decoder.config.base import fingerprint
-from dist_decoder.errors import DataError, FormatError
-from dist_decoder.storage import atomic_folder, atomic_write_json, sha256_bytes
+from dist_decoder.config.data import DataConfig
+from dist_decoder.config.storage import StorageConfig
+from dist_decoder.errors import DataError, FormatError, StorageError
+from dist_decoder.storage import open_location
 
 if TYPE_CHECKING:
     from data_tools.embedding_store import EmbeddingStore
@@ -41,27 +44,45 @@ if TYPE_CHECKING:
 STORE_FORMAT = "dist-decoder-store"
 STORE_VERSION = 1
 COLUMNS = (*TRIAL_COLUMNS, "image_uid")
-_TEXT_COLUMNS = ("stimulus_id", "split", "category", "image_uid")
-_BLOCK_BYTES = 1 << 26
-"""Pictures of one array, so that an interrupted ingest loses little."""
 
 
 class Store:
-    """Reads a store; the ``put_`` methods write it and are called by ``ingest`` only."""
+    """Reads a store.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._blocks: dict[str, dict[str, tuple[Path, int]]] = {}
+    Args:
+        place: a folder, or a URL of an object store. Nothing is listed there unless all datasets
+            of the store are asked for, and tables are read once.
+        policy: of requests to an object store.
+    """
+
+    def __init__(self, place: str | Path, policy: StorageConfig | None = None) -> None:
+        self.place = place
+        self.policy = policy
+        self.storage = open_location(place, policy)
+        self._pictures = Pictures(self.storage)
         self._stimuli: dict[str, tuple[Stimulus, ...]] = {}
-        self._opened: dict[Path, tuple[Any, dict[str, Any]]] = {}
-        # Neighbouring pictures share a chunk: the last one is kept.
-        self._chunk: tuple[tuple[Path, int], NDArray[Any]] = ((Path(), -1), np.empty(0))
+        # Of an object store only; who waits for a folder?
+        self._tables: dict[str, Any] = {}
 
-    # Reading
+    @property
+    def path(self) -> Path:
+        """The folder.
+
+        Raises:
+            StorageError: the store lies in an object store.
+        """
+        if self.storage.path is None:
+            raise StorageError(f"{self.storage.describe()} is not a folder; name a local store")
+        return self.storage.path
 
     def datasets(self) -> tuple[str, ...]:
         """Return the names of the completely ingested datasets, sorted."""
-        return tuple(sorted(path.parent.name for path in self.path.glob("*/dataset.json")))
+        if self.storage.path is not None:
+            found = [path.parent.name for path in self.storage.path.glob("*/dataset.json")]
+        else:
+            parts = [name.split("/") for name in self.storage.list()]
+            found = [part[0] for part in parts if part[1:] == ["dataset.json"]]
+        return tuple(sorted(found))
 
     def require(self, datasets: Iterable[str]) -> tuple[str, ...]:
         """Return ``datasets`` sorted; all of them when empty.
@@ -69,15 +90,20 @@ class Store:
         Raises:
             DataError: one of them, or every one, is missing or was not ingested completely.
         """
-        held = self.datasets()
-        wanted = tuple(sorted(datasets)) or held
-        missing = [name for name in wanted if name not in held]
+        wanted = tuple(sorted(datasets)) or self.datasets()
+        missing = [name for name in wanted if not self._is_complete(name)]
         if missing or not wanted:
+            held = ""
+            if self.storage.path is not None:
+                held = f" (complete: {', '.join(self.datasets()) or 'none'})"
             raise DataError(
-                f"{self.path}: dataset {', '.join(missing) or '(any)'} is missing or incomplete"
-                f" (complete: {', '.join(held) or 'none'}); run `data-tools ingest` first"
+                f"{self.storage.describe()}: dataset {', '.join(missing) or '(any)'} is missing or"
+                f" incomplete{held}; run `data-tools ingest` first"
             )
         return wanted
+
+    def _is_complete(self, dataset: str) -> bool:
+        return dataset in self._tables or self.storage.exists(f"{dataset}/dataset.json")
 
     def facts(self, dataset: str) -> dict[str, Any]:
         """Return ``dataset.json``: unit, licence, citation, has_images, counts per subject.
@@ -86,18 +112,22 @@ class Store:
             DataError: the dataset is missing or was not ingested completely.
             FormatError: it was written in another format.
         """
+        if dataset in self._tables:
+            return dict(self._tables[dataset])
         self.require([dataset])
-        path = self.path / dataset / "dataset.json"
+        where = f"{self.storage.describe()}/{dataset}/dataset.json"
         try:
-            facts = json.loads(path.read_bytes())
+            facts = json.loads(self.storage.read(f"{dataset}/dataset.json"))
         except ValueError as error:
-            raise FormatError(f"{path} is not JSON ({error}); ingest the dataset again") from error
+            raise FormatError(f"{where} is not JSON ({error}); ingest the dataset again") from error
         if (facts.get("format"), facts.get("version")) != (STORE_FORMAT, STORE_VERSION):
             raise FormatError(
-                f"{path}: format {facts.get('format')!r} version {facts.get('version')}; this"
+                f"{where}: format {facts.get('format')!r} version {facts.get('version')}; this"
                 f" program reads {STORE_FORMAT!r} version {STORE_VERSION}; ingest again"
             )
-        return facts
+        if self.storage.path is None:
+            self._tables[dataset] = facts
+        return dict(facts)
 
     def subjects(self, dataset: str) -> tuple[str, ...]:
         """Return the subjects of a dataset, in the order of the reader.
@@ -117,14 +147,20 @@ class Store:
         Raises:
             FormatError: the table is missing or damaged.
         """
-        codes, attributes = read_array(self.subject_path(dataset, subject) / "trials")
+        place = f"{subject_name(dataset, subject)}/trials"
+        if place in self._tables:
+            return self._tables[place].copy()
+        codes, attributes = read_array(self.storage, place)
         table = {}
         for index, name in enumerate(attributes["columns"]):
             values: NDArray[Any] = codes[:, index].astype(np.int64)
             if name in attributes["labels"]:
                 values = np.array([*attributes["labels"][name], ""], dtype=object)[values]
             table[name] = values
-        return pd.DataFrame(table, columns=list(attributes["columns"]))
+        trials = pd.DataFrame(table, columns=list(attributes["columns"]))
+        if self.storage.path is None:
+            self._tables[place] = trials.copy()
+        return trials
 
     def betas(self, dataset: str, subject: str, session: int) -> NDArray[np.float32]:
         """Return (N, V) responses of a session in the dataset's own unit.
@@ -134,7 +170,25 @@ class Store:
         Raises:
             FormatError: the session is missing, or a chunk is missing, truncated or damaged.
         """
-        return read_array(self.betas_path(dataset, subject, session))[0]
+        return read_array(self.storage, betas_name(dataset, subject, session))[0]
+
+    def betas_rows(
+        self, dataset: str, subject: str, session: int, rows: NDArray[np.intp]
+    ) -> NDArray[np.float32]:
+        """Return (n, V) some rows of a session; only their chunks are read, and not checked.
+
+        Args:
+            dataset: its name.
+            subject: its name.
+            session: from 1 on.
+            rows: sorted, within the session.
+
+        Raises:
+            FormatError: the session is missing, or a chunk is truncated or damaged.
+        """
+        name = betas_name(dataset, subject, session)
+        stored, _ = open_array(self.storage, name)
+        return read_rows(f"{self.storage.describe()}/{name}", stored, rows)
 
     def voxels(self, dataset: str, subject: str) -> VoxelTable:
         """Return the voxel table.
@@ -142,16 +196,25 @@ class Store:
         Raises:
             FormatError: it is missing or damaged.
         """
-        path = self.subject_path(dataset, subject) / "voxels"
-        attributes = read_group(path)
-        masks, names = read_array(path / "rois")
+        name = f"{subject_name(dataset, subject)}/voxels"
+        attributes = read_group(self.storage, name)
+        masks, names = read_array(self.storage, f"{name}/rois")
         has_ncsnr = attributes["has_ncsnr"]
         return VoxelTable(
-            xyz_V3=read_array(path / "xyz")[0],
+            xyz_V3=read_array(self.storage, f"{name}/xyz")[0],
             rois=dict(zip(names["names"], masks, strict=True)),
-            ncsnr_V=read_array(path / "ncsnr")[0] if has_ncsnr else None,
+            ncsnr_V=read_array(self.storage, f"{name}/ncsnr")[0] if has_ncsnr else None,
             mask_fingerprint=attributes["mask_fingerprint"],
         )
+
+    def mask_fingerprint(self, dataset: str, subject: str) -> str:
+        """Return what identifies the voxels of a subject.
+
+        Raises:
+            FormatError: the voxel table is missing or damaged.
+        """
+        table = read_group(self.storage, f"{subject_name(dataset, subject)}/voxels")
+        return str(table["mask_fingerprint"])
 
     def stimuli(self, dataset: str) -> tuple[Stimulus, ...]:
         """Return the unique stimuli in the order of the reader.
@@ -160,7 +223,7 @@ class Store:
             FormatError: the table is missing or damaged.
         """
         if dataset not in self._stimuli:
-            table = read_group(self._stimuli_path(dataset))["stimuli"]
+            table = read_group(self.storage, stimuli_name(dataset))["stimuli"]
             self._stimuli[dataset] = tuple(
                 Stimulus(**{**row, "categories": tuple(row["categories"])}) for row in table
             )
@@ -186,24 +249,14 @@ class Store:
             DataError: the stimulus is unknown or the dataset has no pictures.
             FormatError: its chunk is missing, truncated or damaged.
         """
-        blocks = self._image_blocks(dataset)
-        if stimulus_id not in blocks:
-            raise DataError(f"{dataset}: no picture of stimulus {stimulus_id!r} in {self.path}")
-        path, row = blocks[stimulus_id]
-        if path not in self._opened:
-            self._opened[path] = open_array(path)
-        stored, attributes = self._opened[path]
-        first = row - row % stored.chunks[0]
-        if self._chunk[0] != (path, first):
-            rows = read_rows(path, stored, slice(first, first + stored.chunks[0]))
-            self._chunk = ((path, first), rows)
-        picture = self._chunk[1][row - first]
-        if _picture_digest(picture) != attributes["digests"][row]:
-            raise FormatError(
-                f"{path}: picture {row} ({stimulus_id}) differs from what was written; remove the"
-                " folder and run `data-tools ingest` again"
-            )
-        return picture
+        return self._pictures.read([(dataset, stimulus_id)])[0]
+
+    def images(self, places: Sequence[tuple[str, str]]) -> list[NDArray[np.uint8]]:
+        """Return the pixels of several (dataset, stimulus_id); chunks are asked for together.
+
+        Raises: as ``image``.
+        """
+        return self._pictures.read(places)
 
     def content(self, dataset: str, subject: str) -> str:
         """Return 16 hex digits that identify trials and betas by the checksums of their arrays.
@@ -211,12 +264,15 @@ class Store:
         Raises:
             FormatError: a session that the trial table names is missing.
         """
-        parts = [self.subject_path(dataset, subject) / "trials"]
+        parts = [f"{subject_name(dataset, subject)}/trials"]
         parts += [
-            self.betas_path(dataset, subject, session)
-            for session in self.sessions(dataset, subject)
+            betas_name(dataset, subject, session) for session in self.sessions(dataset, subject)
         ]
-        return fingerprint([open_array(path)[1].get("sha256") for path in parts])
+        return fingerprint([open_array(self.storage, name)[1].get("sha256") for name in parts])
+
+    def held_session(self, dataset: str, subject: str, session: int) -> dict[str, Any] | None:
+        """Return the attributes of a complete session array, or None."""
+        return read_attributes(self.storage, betas_name(dataset, subject, session))
 
     def embeddings(self, encoder_id: str) -> EmbeddingStore:
         """Return the embeddings of one frozen encoder.
@@ -226,167 +282,32 @@ class Store:
         """
         from data_tools.embedding_store import EmbeddingStore
 
-        return EmbeddingStore.open(self.path, encoder_id)
-
-    # Places
+        return EmbeddingStore.open(self.place, encoder_id, self.policy)
 
     def subject_path(self, dataset: str, subject: str) -> Path:
-        """Return the folder of one subject."""
-        return self.path / dataset / f"{subject}.zarr"
+        """Return the folder of one subject in a local store."""
+        return self.path / subject_name(dataset, subject)
 
     def betas_path(self, dataset: str, subject: str, session: int) -> Path:
-        """Return the folder of one session's array."""
-        return self.subject_path(dataset, subject) / "betas" / str(session)
-
-    def _stimuli_path(self, dataset: str) -> Path:
-        return self.path / "stimuli" / f"{dataset}.zarr"
-
-    def _image_blocks(self, dataset: str) -> dict[str, tuple[Path, int]]:
-        if dataset not in self._blocks:
-            root = self._stimuli_path(dataset) / "images"
-            blocks = sorted(path for path in root.glob("[0-9]*") if path.is_dir())
-            found: dict[str, tuple[Path, int]] = {}
-            for path in blocks:
-                names = (read_attributes(path) or {"stimulus_ids": ()})["stimulus_ids"]
-                found.update({name: (path, row) for row, name in enumerate(names)})
-            self._blocks[dataset] = found
-        return self._blocks[dataset]
-
-    # Writing
-
-    def put_subject(
-        self, dataset: str, subject: str, attributes: dict[str, Any], voxels: VoxelTable
-    ) -> None:
-        """Write the group and the voxel table of a subject.
-
-        Raises:
-            DataError: the store holds other voxels under this name.
-        """
-        path = self.subject_path(dataset, subject)
-        held = read_group(path / "voxels") if (path / "voxels" / "zarr.json").is_file() else None
-        if held is not None and held["mask_fingerprint"] != voxels.mask_fingerprint:
-            raise DataError(
-                f"{dataset}/{subject}: {path} holds other voxels (mask {held['mask_fingerprint']},"
-                f" now {voxels.mask_fingerprint}); remove it or use another output folder"
-            )
-        attributes = {
-            **attributes,
-            "format": STORE_FORMAT,
-            "version": STORE_VERSION,
-            "dataset": dataset,
-            "subject": subject,
-            "num_voxels": voxels.num_voxels,
-            "mask_fingerprint": voxels.mask_fingerprint,
-        }
-        write_group(path, attributes)
-        write_group(path / "betas")
-        if held is None:
-            _write_voxels(path / "voxels", voxels)
-
-    def put_trials(self, dataset: str, subject: str, trials: pd.DataFrame) -> None:
-        """Write the trial table (columns ``COLUMNS``) unless the same one is there."""
-        path = self.subject_path(dataset, subject) / "trials"
-        labels = {name: sorted(set(trials[name])) for name in _TEXT_COLUMNS}
-        codes = np.empty((len(trials), len(COLUMNS)), dtype=np.int32)
-        for index, name in enumerate(COLUMNS):
-            if name in labels:
-                code_of = {label: code for code, label in enumerate(labels[name])}
-                codes[:, index] = [code_of[label] for label in trials[name]]
-            else:
-                codes[:, index] = trials[name]
-        attributes = {"columns": list(COLUMNS), "labels": labels}
-        held = read_attributes(path)
-        digest = sha256_bytes(codes.tobytes())
-        if held is None or held != {**attributes, "sha256": digest}:
-            write_array(path, codes, attributes)
-
-    def held_session(self, dataset: str, subject: str, session: int) -> dict[str, Any] | None:
-        """Return the attributes of a complete session array, or None."""
-        return read_attributes(self.betas_path(dataset, subject, session))
-
-    def put_betas(
-        self,
-        dataset: str,
-        subject: str,
-        session: int,
-        betas_NV: NDArray[np.float32],
-        attributes: dict[str, Any],
-    ) -> None:
-        """Write a session."""
-        write_array(self.betas_path(dataset, subject, session), betas_NV, attributes)
-
-    def missing_images(self, dataset: str, stimuli: Iterable[Stimulus]) -> list[Stimulus]:
-        """Return the stimuli whose pictures are not in the store yet."""
-        held = self._image_blocks(dataset)
-        return [stimulus for stimulus in stimuli if stimulus.stimulus_id not in held]
-
-    def put_images(self, dataset: str, pictures: Iterable[tuple[str, NDArray[np.uint8]]]) -> None:
-        """Append pictures in blocks of equal size and at most 64 MiB, each block as one array.
-
-        Args:
-            dataset: its name.
-            pictures: (stimulus_id, (H, W, 3) uint8), read one after the other.
-        """
-        write_group(self._stimuli_path(dataset) / "images")
-        names: list[str] = []
-        block: list[NDArray[np.uint8]] = []
-        for name, picture in pictures:
-            full = (len(block) + 1) * picture.nbytes > _BLOCK_BYTES
-            if block and (full or block[0].shape != picture.shape):
-                self._put_block(dataset, names, block)
-                names, block = [], []
-            names.append(name)
-            block.append(picture)
-        if block:
-            self._put_block(dataset, names, block)
-
-    def _put_block(self, dataset: str, names: list[str], pictures: list[NDArray[np.uint8]]) -> None:
-        root = self._stimuli_path(dataset) / "images"
-        number = len([path for path in root.glob("[0-9]*") if path.is_dir()])
-        path = root / f"{number:05d}"
-        digests = [_picture_digest(picture) for picture in pictures]
-        attributes = {"stimulus_ids": names, "digests": digests}
-        write_array(path, np.stack(pictures), attributes, compress=True)
-        held = self._image_blocks(dataset)
-        held.update({name: (path, row) for row, name in enumerate(names)})
-
-    def put_stimuli(self, dataset: str, stimuli: Iterable[Stimulus]) -> None:
-        """Write the table of stimuli; their pictures must be complete before."""
-        table = [
-            {
-                "stimulus_id": stimulus.stimulus_id,
-                "image_uid": stimulus.image_uid,
-                "categories": list(stimulus.categories),
-                "is_test": stimulus.is_test,
-                "extra": dict(stimulus.extra),
-            }
-            for stimulus in stimuli
-        ]
-        write_group(self._stimuli_path(dataset), {"stimuli": table})
-        self._stimuli.pop(dataset, None)
-
-    def put_facts(self, dataset: str, facts: dict[str, Any]) -> None:
-        """Write ``dataset.json``, which makes the dataset complete."""
-        values = {"format": STORE_FORMAT, "version": STORE_VERSION, "dataset": dataset, **facts}
-        atomic_write_json(self.path / dataset / "dataset.json", values)
+        """Return the folder of one session's array in a local store."""
+        return self.path / betas_name(dataset, subject, session)
 
 
-def _write_voxels(path: Path, voxels: VoxelTable) -> None:
-    with atomic_folder(path) as partial:
-        names = list(voxels.rois)
-        masks = np.zeros((len(names), voxels.num_voxels), dtype=np.bool_)
-        for row, name in enumerate(names):
-            masks[row] = voxels.rois[name]
-        write_array(partial / "xyz", np.asarray(voxels.xyz_V3, dtype=np.float32))
-        write_array(partial / "rois", masks, {"names": names})
-        if voxels.ncsnr_V is not None:
-            write_array(partial / "ncsnr", np.asarray(voxels.ncsnr_V, dtype=np.float32))
-        attributes = {
-            "mask_fingerprint": voxels.mask_fingerprint,
-            "has_ncsnr": voxels.ncsnr_V is not None,
-        }
-        write_group(partial, attributes)
+def open_store(config: DataConfig) -> Store:
+    """Return the store of a configuration."""
+    return Store(config.store_location, config.storage)
 
 
-def _picture_digest(picture: NDArray[np.uint8]) -> str:
-    return sha256_bytes(np.ascontiguousarray(picture).tobytes())[:16]
+def subject_name(dataset: str, subject: str) -> str:
+    """Return the name of a subject's group in a store."""
+    return f"{dataset}/{subject}.zarr"
+
+
+def betas_name(dataset: str, subject: str, session: int) -> str:
+    """Return the name of a session's array in a store."""
+    return f"{subject_name(dataset, subject)}/betas/{session}"
+
+
+def stimuli_name(dataset: str) -> str:
+    """Return the name of the group of a dataset's stimuli in a store."""
+    return f"stimuli/{dataset}.zarr"

@@ -23,7 +23,7 @@ from data_tools.normalise import fit_statistics
 from data_tools.share import Share, held, own_share, run_workers
 from data_tools.split_policies import synset_of, synsets_of_tests
 from data_tools.splits import Split, read_split
-from data_tools.store import Store
+from data_tools.store import Store, open_store
 from data_tools.synthetic_store import (
     VERSION,
     Synthetic,
@@ -70,7 +70,7 @@ def synthesise(config: DataConfig) -> dict[str, object]:
     """
     if config.synthesise.images_per_subject == 0:
         return {"subjects": {}, "note": "synthesise.images_per_subject is 0: nothing to do"}
-    store = Store(config.store)
+    store = open_store(config)
     split = read_split(store, config)
     embeddings = EmbeddingStore.open(config.derived, open_encoder(config.embed).id, config.storage)
     pools = _pools(store, split, config)
@@ -91,7 +91,7 @@ def synthesise(config: DataConfig) -> dict[str, object]:
 
 def _synthesise_share(config: DataConfig, share: Share) -> int:
     """Do a share of the subjects and return their number; runs in a process of its own."""
-    store = Store(config.store)
+    store = open_store(config)
     split = read_split(store, config)
     embeddings = EmbeddingStore.open(config.derived, open_encoder(config.embed).id, config.storage)
     pools = _pools(store, split, config)

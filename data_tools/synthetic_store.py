@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.zarr_arrays import get_array, put_array, put_group
+from data_tools.zarr_arrays import read_array, write_array, write_group
 from dist_decoder.config.storage import StorageConfig
 from dist_decoder.errors import FormatError
 from dist_decoder.storage import (
@@ -64,7 +64,7 @@ def read_synthetic(
         raise FormatError(
             f"{storage.describe()}/{subject}.json does not exist; run `data-tools synthesise`"
         )
-    responses_nV, attributes = get_array(storage, f"{subject}.zarr/responses")
+    responses_nV, attributes = read_array(storage, f"{subject}.zarr/responses")
     if attributes["sha256"] != header["responses_sha256"]:
         raise FormatError(
             f"{storage.describe()}: {subject}.zarr and {subject}.json are not of one run; {_REMEDY}"
@@ -72,7 +72,7 @@ def read_synthetic(
     return Synthetic(
         uids=tuple(row["source_image"] for row in header["rows"]),
         responses_nV=responses_nV,
-        residual_std_V=get_array(storage, f"{subject}.zarr/residual_std")[0],
+        residual_std_V=read_array(storage, f"{subject}.zarr/residual_std")[0],
         provenance=tuple(header["rows"]),
         ridge=header["ridge"],
     )
@@ -123,9 +123,9 @@ def _write_arrays(
     responses_nV: NDArray[np.float32],
     residual_std_V: NDArray[np.float32],
 ) -> None:
-    put_array(storage, f"{name}/responses", responses_nV)
-    put_array(storage, f"{name}/residual_std", residual_std_V)
-    put_group(storage, name=name)
+    write_array(storage, f"{name}/responses", responses_nV)
+    write_array(storage, f"{name}/residual_std", residual_std_V)
+    write_group(storage, name)
 
 
 def _location(place: str | Path, dataset: str, policy: StorageConfig | None) -> Storage:

@@ -5,13 +5,15 @@ Axes: E pooled width, T tokens, D token width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.embedding_store import EmbeddingStore
+from dist_decoder.config.progress import progress
 from dist_decoder.errors import DataError
 from dist_decoder.formats import TokensEntry
 from dist_decoder.token_dtypes import (
@@ -22,20 +24,25 @@ from dist_decoder.token_dtypes import (
     encode_tokens,
 )
 
+_EXACT = ("float16", "float32")
+"""The encoder's tokens are float16: these hold them as they are."""
 _BATCH_BYTES = 1 << 26
 """Float64 targets in memory at a time."""
 
 
-def target_statistics(embeddings: EmbeddingStore, uids: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Return ``pooled_mean_E``, ``pooled_scale`` and, with tokens, ``tokens_mean_TD`` and
-    ``tokens_scale``, all float32.
+def target_statistics(
+    embeddings: EmbeddingStore, uids: Sequence[str], dtype: TokenDtype
+) -> tuple[dict[str, NDArray[Any]], TokensEntry | None]:
+    """Return the statistics of the targets, and what storing tokens as ``dtype`` costs.
 
-    The scale is one number, the root mean square of the centred values over images and axes, so
-    that the cosine geometry of centred targets stays as it is.
+    The statistics are ``pooled_mean_E``, ``pooled_scale`` and, with tokens, ``tokens_mean_TD`` and
+    ``tokens_scale``, all float32. The scale is one number, the root mean square of the centred
+    values over images and axes, so that the cosine geometry of centred targets stays as it is.
 
     Args:
         embeddings: raw embeddings.
         uids: training images that a subject of joint training saw, each once.
+        dtype: in which the tokens are stored.
 
     Raises:
         DataError: fewer than two images, or targets that do not vary.
@@ -44,59 +51,82 @@ def target_statistics(embeddings: EmbeddingStore, uids: Sequence[str]) -> dict[s
         raise DataError(
             f"{len(uids)} training images: target statistics need two; change the split"
         )
-    names = ["pooled"] if embeddings.token_shape is None else ["pooled", "tokens"]
-    arrays: dict[str, NDArray[Any]] = {}
-    for name in names:
-        mean, scale = _moments(embeddings, name, uids)
-        if not scale > 0:
+    pooled = _Moments(embeddings, "pooled", uids)
+    arrays = pooled.arrays("E")
+    if embeddings.token_shape is None:
+        return arrays, None
+    tokens = _Moments(embeddings, "tokens", uids, dtype)
+    return {**arrays, **tokens.arrays("TD")}, tokens.error()
+
+
+class _Moments:
+    """Mean and scale of one kind of target, in two passes: one pass loses the variance of targets
+    whose mean is large. The second one also measures the error of a dtype."""
+
+    def __init__(
+        self,
+        embeddings: EmbeddingStore,
+        name: str,
+        uids: Sequence[str],
+        dtype: TokenDtype | None = None,
+    ) -> None:
+        self._name, self._dtype, self._images = name, dtype, len(uids)
+        read = embeddings.pooled if name == "pooled" else embeddings.tokens
+        batches = _batches(embeddings, name, uids)
+        with progress(f"statistics of {name}", 2 * len(uids)) as counter:
+            total: Any = 0
+            for batch, values in _ahead(read, batches):
+                total = total + values.sum(axis=0, dtype=np.float64)
+                counter.advance(len(batch))
+            self._mean = np.asarray(total) / len(uids)
+            squares, self._largest, self._error = 0.0, 0.0, 0.0
+            for batch, values in _ahead(read, batches):
+                squares += float(((values - self._mean) ** 2).sum())
+                if dtype is not None and dtype not in _EXACT:
+                    self._add_error(values, dtype)
+                counter.advance(len(batch))
+        self._scale = float(np.sqrt(squares / (len(uids) * self._mean.size)))
+        if not self._scale > 0:
             raise DataError(
                 f"the {name} targets of {embeddings.encoder_id} are equal for all {len(uids)}"
                 " training images; check the pictures and the encoder"
             )
-        axes = "E" if name == "pooled" else "TD"
-        arrays[f"{name}_mean_{axes}"] = mean.astype(np.float32)
-        arrays[f"{name}_scale"] = np.asarray(scale, dtype=np.float32)
-    return arrays
 
-
-def token_error(
-    embeddings: EmbeddingStore, uids: Sequence[str], dtype: TokenDtype
-) -> TokensEntry | None:
-    """Return what storing the tokens of some images as ``dtype`` costs; None without tokens.
-
-    Args:
-        embeddings: raw embeddings.
-        uids: training images, as for ``target_statistics``.
-        dtype: in which the tokens are stored.
-    """
-    if embeddings.token_shape is None:
-        return None
-    mean_TD, scale = _moments(embeddings, "tokens", uids)
-    largest, squares = 0.0, 0.0
-    for batch in _batches(embeddings, "tokens", uids):
-        tokens_MTD = embeddings.tokens(batch)
+    def _add_error(self, tokens_MTD: NDArray[Any], dtype: TokenDtype) -> None:
         stored = encode_tokens(tokens_MTD, dtype)
         decoded_MTD = decode_tokens(stored[TOKENS], stored.get(TOKENS_SCALE))
         error_MTD = decoded_MTD.astype(np.float64) - tokens_MTD
-        largest = max(largest, float(np.abs(error_MTD).max()))
-        squares += float((error_MTD**2).sum())
-    rms = float(np.sqrt(squares / (len(uids) * mean_TD.size)))
-    return TokensEntry(dtype=dtype, max_abs_error=largest, relative_error=rms / scale)
+        self._largest = max(self._largest, float(np.abs(error_MTD).max()))
+        self._error += float((error_MTD**2).sum())
+
+    def arrays(self, axes: str) -> dict[str, NDArray[Any]]:
+        return {
+            f"{self._name}_mean_{axes}": self._mean.astype(np.float32),
+            f"{self._name}_scale": np.asarray(self._scale, dtype=np.float32),
+        }
+
+    def error(self) -> TokensEntry:
+        assert self._dtype is not None
+        rms = float(np.sqrt(self._error / (self._images * self._mean.size)))
+        return TokensEntry(
+            dtype=self._dtype, max_abs_error=self._largest, relative_error=rms / self._scale
+        )
+
+
+def _ahead(
+    read: Callable[[Sequence[str]], NDArray[Any]], batches: Sequence[Sequence[str]]
+) -> Iterator[tuple[Sequence[str], NDArray[Any]]]:
+    """Yield (batch, its values); the next batch is read meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(read, batches[0])
+        for number, batch in enumerate(batches):
+            values = coming.result()
+            if number + 1 < len(batches):
+                coming = thread.submit(read, batches[number + 1])
+            yield batch, values
 
 
 def _batches(embeddings: EmbeddingStore, name: str, uids: Sequence[str]) -> list[Sequence[str]]:
     width = embeddings.pooled_dim if name == "pooled" else np.prod(embeddings.token_shape or ())
     size = max(_BATCH_BYTES // (8 * int(width)), 1)
     return [uids[start : start + size] for start in range(0, len(uids), size)]
-
-
-def _moments(
-    embeddings: EmbeddingStore, name: str, uids: Sequence[str]
-) -> tuple[NDArray[np.float64], float]:
-    """Two passes: one pass loses the variance of targets whose mean is large."""
-    read = embeddings.pooled if name == "pooled" else embeddings.tokens
-    batches = _batches(embeddings, name, uids)
-    total = sum(read(batch).astype(np.float64).sum(axis=0) for batch in batches)
-    mean = np.asarray(total) / len(uids)
-    squares = sum(float(((read(batch) - mean) ** 2).sum()) for batch in batches)
-    return mean, float(np.sqrt(squares / (len(uids) * mean.size)))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_tools.datasets.protocol import Stimulus
-from data_tools.store import Store
+from data_tools.store_writer import StoreWriter
 from dist_decoder.errors import FormatError
 from dist_decoder.stimuli import read_pictures
 
@@ -16,7 +16,7 @@ def _picture(value, height=6, width=9):
 
 
 def _write(path):
-    store = Store(path)
+    store = StoreWriter(path)
     # Two sizes make two blocks; both datasets show coco:1, each with a picture of its own.
     store.put_images("alpha", [("s1", _picture(10)), ("s2", _picture(20)), ("s3", _picture(30, 4))])
     store.put_stimuli(

@@ -291,13 +291,17 @@ class DataConfig(Section):
     shard: ShardConfig = ShardConfig()
     shards_name: str = "shards"
     """Folder of the shards below ``output``; one store can hold several shardings."""
+    store_url: Location | None = None
+    """Folder or object-store URL of the store (betas, pictures, split) instead of
+    ``output``/store. Array jobs on machines without a common disk read it from a bucket."""
     shards_url: Location | None = None
     """Folder or object-store URL of the shards instead of ``output``/``shards_name``."""
     derived_url: Location | None = None
     """Folder or object-store URL of what ``embed`` and ``synthesise`` write instead of the
     store."""
     storage: StorageConfig = StorageConfig()
-    """Retries and deadlines of ``shards_url`` and ``derived_url`` in an object store."""
+    """Retries and deadlines of ``store_url``, ``derived_url`` and ``shards_url`` in an object
+    store."""
 
     @model_validator(mode="after")
     def _datasets_are_distinct(self) -> DataConfig:
@@ -313,7 +317,13 @@ class DataConfig(Section):
 
     @property
     def store(self) -> Path:
+        """Folder of the store where it is not elsewhere."""
         return self.output / "store"
+
+    @property
+    def store_location(self) -> str | Path:
+        """Folder or URL of the store."""
+        return self.store if self.store_url is None else self.store_url
 
     @property
     def shards(self) -> Path:
@@ -323,7 +333,7 @@ class DataConfig(Section):
     @property
     def derived(self) -> str | Path:
         """Folder or URL that holds embeddings and synthetic responses."""
-        return self.store if self.derived_url is None else self.derived_url
+        return self.store_location if self.derived_url is None else self.derived_url
 
     @property
     def shards_location(self) -> str | Path:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from data_tools.datasets.protocol import Stimulus, VoxelTable
 from data_tools.store import Store
+from data_tools.store_writer import StoreWriter
 
 
 def put_dataset(
@@ -19,6 +20,7 @@ def put_dataset(
     subjects: Sequence[str] = (),
 ) -> None:
     """Write the stimuli of a dataset, with or without pictures, and declare it complete."""
+    store = StoreWriter(store.place)
     if images is not None:
         names = [stimulus.stimulus_id for stimulus in stimuli]
         store.put_images(name, zip(names, images, strict=True))
@@ -42,6 +44,7 @@ def put_responses(
     ncsnr_V: NDArray[np.float32] | None = None,
 ) -> None:
     """Write a subject; ``trials`` needs session, run, stimulus_id and image_uid."""
+    store = StoreWriter(store.place)
     table = trials.copy()
     table["trial"] = np.arange(len(table))
     table["repetition"] = table.groupby("image_uid").cumcount()

@@ -46,7 +46,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> TokenEncoder:
     """Replace the configured encoder, and make units of 8 rows."""
     made = TokenEncoder()
     monkeypatch.setattr("data_tools.embed.open_encoder", lambda config: made)
-    monkeypatch.setattr("data_tools.embedding_store._UNIT_BYTES", 1)
+    monkeypatch.setattr("data_tools.embedding_writer._UNIT_BYTES", 1)
     return made
 
 
@@ -108,18 +108,19 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-import data_tools.embedding_store as es
+import data_tools.embedding_writer as es
 from data_tools.embed import embed
+from data_tools.markers import Markers
 from test_embed import make_config
 es._UNIT_BYTES = 1
 units = 0
-def save(self, original=es.EmbeddingWriter._save_progress):
+def save(self, piece, original=Markers.add):
     global units
     units += 1
-    if units == 4:  # begin, unit, unit, and the third unit is on disk but not counted
+    if units == 3:  # the third unit is on disk but not counted
         os.kill(os.getpid(), signal.SIGKILL)
-    original(self)
-es.EmbeddingWriter._save_progress = save
+    original(self, piece)
+Markers.add = save
 embed(make_config(Path(sys.argv[1])))
 """
 
@@ -131,7 +132,7 @@ def make_config(output: Path) -> DataConfig:
 def test_a_killed_embed_goes_on_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_tools.embedding_store._UNIT_BYTES", 1)
+    monkeypatch.setattr("data_tools.embedding_writer._UNIT_BYTES", 1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for output in (whole, killed):
         make_store(output)
@@ -209,7 +210,7 @@ def test_values_that_are_not_finite_name_the_stimulus(
 def test_a_full_disk_is_named_and_a_second_call_finishes(
     tmp_path: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_tools.embedding_store._UNIT_BYTES", 1)
+    monkeypatch.setattr("data_tools.embedding_writer._UNIT_BYTES", 1)
     config = make_store(tmp_path)
     ballast = full_disk / "ballast"
     ballast.write_bytes(bytes(24_000))

@@ -31,7 +31,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def units_of_8_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_tools.embedding_store._UNIT_BYTES", 1)
+    monkeypatch.setattr("data_tools.embedding_writer._UNIT_BYTES", 1)
 
 
 def fresh(prepared: Path, output: Path, *overrides: str) -> DataConfig:

@@ -295,7 +295,8 @@ def test_a_killed_shard_is_finished_by_the_next(
     shard(tiny_config(prepared, HOLDOUT))
     shutil.copytree(prepared / "store", tmp_path / "store")
     code = f"""
-        import data_tools.shard as module
+        import data_tools.shard_making as module
+        from data_tools.shard import shard
         from tiny_dataset import tiny_config
         write, calls = module.write_shard, []
         def slow(folder, name, samples):
@@ -304,11 +305,13 @@ def test_a_killed_shard_is_finished_by_the_next(
                 return write(folder, name, samples)
             def stuck():
                 yield next(iter(samples))
+                while len(list(output.glob("shards/unfinished/*.tar.json"))) < 2:
+                    time.sleep(0.01)
                 print("here", flush=True)
                 time.sleep(60)
             return write(folder, name, stuck())
         module.write_shard = slow
-        module.shard(tiny_config(output, {HOLDOUT!r}))
+        shard(tiny_config(output, {HOLDOUT!r}))
     """
     run_until_killed(code, tmp_path, signal_name)
     folder = tmp_path / "shards"

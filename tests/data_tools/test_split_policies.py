@@ -14,6 +14,7 @@ from data_tools.datasets.protocol import Stimulus
 from data_tools.near_duplicates import close_pairs, perceptual_hash
 from data_tools.splits import SPLIT_NAME, Split, _identity, make_split, split
 from data_tools.store import Store
+from data_tools.store_writer import StoreWriter
 from data_tools.synthesise import augmentation_images
 from dist_decoder.config.base import load_config
 from dist_decoder.config.data import DataConfig
@@ -165,7 +166,7 @@ def test_a_planted_shared_image_makes_split_and_check_fail(store: Store) -> None
             trials = store.trials(name, subject)
             tests = UIDS[name][:2]
             trials["split"] = ["test" if uid in tests else "train" for uid in trials["image_uid"]]
-            store.put_trials(name, subject, trials)
+            StoreWriter(store.place).put_trials(name, subject, trials)
     given = config(store, "split.policy=given", datasets=("nsd", "bold5000"))
     with pytest.raises(SplitError, match="'coco:1'"):
         split(given)
@@ -180,6 +181,7 @@ def test_near_duplicates_are_excluded_and_checked(store: Store) -> None:
     copies[3] = (pictures("god")[1] * 0.9 + 8).astype(np.uint8)
     stimuli = [Stimulus(f"again-{i}", uid, (), i < 2) for i, uid in enumerate(UIDS["nsd"])]
     put_dataset(store, "nsd", stimuli, copies, SUBJECTS["nsd"])
+    store = Store(store.path)
     made = make_split(store, values)
     assert made.images["nsd"]["coco:4"] == "excluded"
     assert any("coco:4 is excluded" in n and "n00000009_1" in n for n in made.notes)

@@ -17,6 +17,7 @@ from data_tools.embedding_store import EmbeddingStore
 from data_tools.fabricate.world import World
 from data_tools.splits import read_split, split
 from data_tools.store import Store
+from data_tools.store_writer import StoreWriter
 from data_tools.synthesise import draw_noise, read_synthetic, synthesise
 from dist_decoder.config.data import (
     DataConfig,
@@ -255,7 +256,7 @@ def test_the_ridge_does_not_see_test_or_validation_rows(output: Path, tmp_path: 
         in_session = (store.trials("nsd", "s1")["session"] == session).to_numpy()
         betas = store.betas("nsd", "s1", session)
         betas[splits[in_session] != "train"] = 1e4
-        store.put_betas("nsd", "s1", session, betas, {})
+        StoreWriter(store.place).put_betas("nsd", "s1", session, betas, {})
     synthesise(config)
     after = read_synthetic(store.path, "nsd", "s1")
     assert_array_equal(before.responses_nV, after.responses_nV)

@@ -4,18 +4,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from bucket import contents
 from gateway import Gateway
 from interrupted import run_until_killed
-from numpy.testing import assert_array_equal
 from tiny_dataset import TinyDataset, tiny_config
 
 from data_tools.check_outputs import check_outputs
 from data_tools.embed import embed
-from data_tools.embedding_store import EmbeddingStore
 from data_tools.ingest import ingest
 from data_tools.shard import shard
 from data_tools.splits import split
-from data_tools.synthesise import synthesise
 from dist_decoder.storage import open_location
 
 pytestmark = pytest.mark.s3
@@ -31,11 +29,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embed(config)
     shard(config)
     return output
-
-
-def contents(location: str | Path) -> dict[str, bytes]:
-    storage = open_location(location)
-    return {name: storage.read(name) for name in storage.list() if name != ".lock"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -61,17 +54,22 @@ def test_a_killed_upload_goes_on(gateway: Gateway, prepared: Path, tmp_path: Pat
     shutil.copytree(prepared / "store", tmp_path / "store")
     url = "s3://shards/cut"
     code = f"""
-        import data_tools.shard as module
+        import data_tools.shard_making as module
+        from data_tools.shard import shard
+        from dist_decoder.storage import open_location
         from tiny_dataset import tiny_config
         write, calls = module.write_shard, []
         def slow(storage, name, samples):
             calls.append(name)
-            if len(calls) == 4:
+            if len(calls) > 3:
+                finished = [f"unfinished/{{name}}.json" for name in calls[:3]]
+                while not all(map(open_location("{url}").exists, finished)):
+                    time.sleep(0.01)
                 print("here", flush=True)
                 time.sleep(60)
             return write(storage, name, samples)
         module.write_shard = slow
-        module.shard(tiny_config(output, {SMALL!r}, "shards_url={url}"))
+        shard(tiny_config(output, {SMALL!r}, "shards_url={url}"))
     """
     run_until_killed(code, tmp_path, "SIGKILL")
     storage = open_location(url)
@@ -93,53 +91,3 @@ def test_another_recipe_replaces_what_is_there(gateway: Gateway, prepared: Path)
     found = contents(url)
     assert found.pop("notes.txt") == b"not ours"
     assert found == contents(prepared / "shards")
-
-
-def test_embeddings_and_synthetic_rows_in_the_bucket(
-    gateway: Gateway, prepared: Path, tmp_path: Path
-) -> None:
-    synthetic = "synthesise={images_per_subject: 4, pool: other_datasets, folds: 2}"
-    for name in ("folder", "bucket"):
-        shutil.copytree(prepared / "store", tmp_path / name / "store")
-        shutil.rmtree(tmp_path / name / "store" / "embeddings")
-    local = tiny_config(tmp_path / "folder", SMALL, synthetic)
-    remote = tiny_config(
-        tmp_path / "bucket", SMALL, synthetic, "derived_url=s3://shards/derived",
-        "shards_url=s3://shards/from-derived",
-    )  # fmt: skip
-    for config in (local, remote):
-        embed(config)
-        synthesise(config)
-        shard(config)
-    found = contents("s3://shards/derived")
-    for name in ("embeddings", "synthetic"):
-        wanted = contents(local.store / name)
-        assert {
-            key.removeprefix(f"{name}/"): data
-            for key, data in found.items()
-            if key.startswith(f"{name}/")
-        } == {key: data for key, data in wanted.items() if not key.endswith(".lock")}
-    assert not (remote.store / "embeddings").exists()
-    assert contents("s3://shards/from-derived") == contents(local.shards)
-    # A second call finds everything there.
-    assert embed(remote)["embedded_now"] == 0
-    before = open_location("s3://shards/derived").list()
-    synthesise(remote)
-    assert open_location("s3://shards/derived").list() == before
-
-
-def test_embedding_parts_meet_in_the_bucket(
-    gateway: Gateway, prepared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("data_tools.embedding_store._UNIT_BYTES", 1)
-    results = [
-        embed(tiny_config(prepared, "derived_url=s3://shards/parts-of", f"embed.part={index}/2"))
-        for index in (1, 0)
-    ]
-    assert results[0]["missing"] == results[1]["embedded_now"] > 0
-    assert results[1]["missing"] == 0
-    encoder = results[0]["encoder"]
-    found = EmbeddingStore.open("s3://shards/parts-of", encoder)
-    wanted = EmbeddingStore.open(prepared / "store", encoder)
-    assert found.uids == wanted.uids
-    assert_array_equal(found.pooled(found.uids), wanted.pooled(wanted.uids))
