@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from datetime import datetime
@@ -136,6 +137,13 @@ class Workplace:
             "all jobs to end", 60,
         )  # fmt: skip
         self.cluster.wait_idle()
+
+
+def has_user_signal(pid: int) -> bool:
+    """Return whether SIGUSR1 waits for a process that stands still."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(mask >> (signal.SIGUSR1 - 1) & 1 for mask in pending)
 
 
 def final_parameters(run: Path, step: int = STEPS) -> dict[str, Any]:
