@@ -7,8 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
-from cluster import wait_until
 from workplace import EVERY, STEPS, Workplace, assert_same_run, losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -67,41 +65,6 @@ def test_one_override_changes_the_number_of_nodes(place: Workplace, reference: P
     mine, expected = losses(place.folder / "run"), losses(reference)
     assert [step for step, _ in mine] == [step for step, _ in expected]
     assert [value for _, value in mine] == pytest.approx([value for _, value in expected], rel=1e-4)
-
-
-def test_array_of_adaptations_and_one_chained_report(place: Workplace, reference: Path) -> None:
-    # A chain: 3 runs x 2 recipes x 2 seeds, then one job that sees all of them.
-    adapt = {
-        "run": "x", "base": str(reference), "subject": "beta/held", "sessions": 3,
-        "data": {"shards": "shards", "batch_size": 4}, "optim": {"steps": 3},
-        "lrs": [1e-2], "log": {"trackers": []}, "engine": {"device": "cpu"},
-    }  # fmt: skip
-    (place.folder / "adapt.yaml").write_text(yaml.safe_dump(adapt))
-    chain = {
-        "folder": "chain",
-        "launch": {"nodes": 1},
-        "jobs": [
-            {
-                "name": "adapt",
-                "command": ["dist-decoder", "adapt", "adapt.yaml", "lora.rank={rank}",
-                            "run=adapted/{sessions}-{rank}-{seed}", "seed={seed}",
-                            "sessions={sessions}"],
-                "array": {"sessions": [1, 2, 3], "rank": [1, 2], "seed": [0, 1]},
-            },
-            {
-                "name": "count", "after": ["adapt"],
-                "command": ["sh", "-c", "ls adapted/*/summary.json | wc -l > counted"],
-            },
-        ],
-    }  # fmt: skip
-    (place.folder / "chain.yaml").write_text(yaml.safe_dump(chain))
-    place.submit(config="chain.yaml")
-    wait_until(lambda: (place.folder / "counted").is_file(), "the last job", 240)
-    assert (place.folder / "counted").read_text().strip() == "12", place.output()
-    wait_until(
-        lambda: {task["state"] for task in place.status("chain")} == {"COMPLETED"}, "the states"
-    )
-    assert len(place.status("chain")) == 13
 
 
 def test_doctor_inside_a_job(place: Workplace) -> None:

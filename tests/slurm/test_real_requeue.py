@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from cluster import wait_until
-from workplace import EVERY, Workplace, assert_same_run, has_user_signal
+from workplace import EVERY, Workplace, assert_same_run, has_user_signal, note_figures
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -116,7 +116,4 @@ def test_a_job_goes_on_by_itself(
         f"{second['began'] - begun:.1f} s, from there to its first step {again:.1f} s; "
         f"resumed at {second['saved_before']}, {second['lost']} lost; {first['reason']}"
     )
-    record_property("figures", figures)
-    if folder := os.environ.get("SLURM_FIGURES"):
-        with Path(folder).open("a") as file:
-            file.write(figures + "\n")
+    note_figures(record_property, figures)

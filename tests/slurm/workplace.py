@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,14 @@ class Workplace:
             "all jobs to end", 60,
         )  # fmt: skip
         self.cluster.wait_idle()
+
+
+def note_figures(record_property: Callable[[str, object], None], figures: str) -> None:
+    """Keep measured times with the test's result, and in the file that SLURM_FIGURES names."""
+    record_property("figures", figures)
+    if path := os.environ.get("SLURM_FIGURES"):
+        with Path(path).open("a") as file:
+            file.write(figures + "\n")
 
 
 def has_user_signal(pid: int) -> bool:
