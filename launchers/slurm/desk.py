@@ -11,6 +11,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import launchers
 from dist_decoder.config.data import DataConfig
 from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig, ReportConfig
 from dist_decoder.config.launch import LaunchConfig
@@ -196,8 +197,8 @@ def _check_memory(job: PlannedJob) -> None:
     memory = found["memory_bytes_per_rank"][str(config.engine.zero_stage)]
     if memory > limit * _GIB:
         raise LaunchError(
-            f"`dist-decoder estimate` says {memory / _GIB:.1f} GiB per rank, but the job has "
-            f"{limit:.1f} GiB per rank: raise launch.mem_gb or gpu_mem_gb, take more ranks or a "
+            f"`dist-decoder estimate` says {memory / _GIB:.3g} GiB per rank, but the job has "
+            f"{limit:.3g} GiB per rank: raise launch.mem_gb or gpu_mem_gb, take more ranks or a "
             "higher engine.zero_stage, or set launch.estimate=false"
         )
 
@@ -208,6 +209,12 @@ def _limit_gib(launch: LaunchConfig) -> float | None:
     return launch.mem_gb / launch.num_local_ranks if launch.mem_gb is not None else None
 
 
+def _own_path() -> str:
+    """Return a PYTHONPATH that begins with this very installation."""
+    own = str(Path(launchers.__file__).resolve().parents[1])
+    return os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH", "")]))
+
+
 def _estimate(planned: PlannedTask) -> Mapping[str, Any]:
     """Ask the command: launchers import no torch."""
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +223,8 @@ def _estimate(planned: PlannedTask) -> Mapping[str, Any]:
         done = subprocess.run(
             [sys.executable, "-m", "dist_decoder", "estimate", str(path), "--json",
              "--ranks", str(planned.task.num_ranks)],
-            capture_output=True, text=True, check=False,
+            env=os.environ | {"PYTHONPATH": _own_path()}, capture_output=True, text=True,
+            check=False,
         )  # fmt: skip
     if done.returncode != 0:
         raise LaunchError(f"dist-decoder estimate failed: {done.stderr.strip()}")

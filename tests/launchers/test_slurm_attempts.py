@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_slurm import write_fakes
+from fake_slurm import FakeSlurm
 
 from launchers.slurm.ledger import Attempt, begin_attempt, read_attempts, stuck_attempts
 from launchers.slurm.progress import Progress, progress_of
@@ -39,31 +39,26 @@ class Place:
         }  # fmt: skip
         self.task = Task(**values)  # type: ignore[arg-type]
         (self.task_folder / "plan.json").write_text(self.task.to_json())
-        self.fakes = write_fakes(folder / "fakes")
+        self.slurm = FakeSlurm(folder / "fakes")
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "launchers.slurm.batch", str(self.job)],
-            env=os.environ | self.fakes | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | self.slurm.env | {"PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
     def attempt(self) -> tuple[int, str]:
         batch = self.start()
         # The wait after a requeue ends with SLURM's SIGKILL.
-        while batch.poll() is None and "scontrol requeue" not in self.calls():
+        while batch.poll() is None and "scontrol requeue" not in self.slurm.calls():
             time.sleep(0.05)
         time.sleep(0.3)
-        if "scontrol requeue" in self.calls():
+        if "scontrol requeue" in self.slurm.calls():
             batch.kill()
-            calls = Path(self.fakes["FAKE"], "calls")
-            calls.rename(calls.with_name("old-calls"))
+            self.slurm.forget_calls()
         out, _ = batch.communicate(timeout=30)
         return batch.returncode, out
-
-    def calls(self) -> str:
-        path = Path(self.fakes["FAKE"], "calls")
-        return path.read_text() if path.is_file() else ""
 
     def outcomes(self) -> list[tuple[str | None, str]]:
         return [(item.outcome, item.reason) for item in read_attempts(self.task_folder)]
@@ -125,16 +120,16 @@ def test_a_saved_stop_is_done_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "outcome", "requeues"),
     [
-        ("CANCELLED", "cancelled", False),
-        ("PENDING", "requeued", False),
-        ("TIMEOUT", "requeued", True),
+        ("cancelled", "cancelled", False),
+        ("requeued", "requeued", False),
+        ("time limit", "requeued", True),
     ],
 )
 def test_what_slurm_means_by_sigterm(
     tmp_path: Path, state: str, outcome: str, requeues: bool
 ) -> None:
     place = Place(tmp_path, 'touch "$RUN-$RANK"; exec sleep 60')
-    Path(place.fakes["FAKE"], "state").write_text(state)
+    place.slurm.choose("scontrol show job", f"show: {state}")
     batch = place.start()
     while len(list(tmp_path.glob("run-*"))) < 2:
         time.sleep(0.05)
@@ -149,7 +144,7 @@ def test_what_slurm_means_by_sigterm(
     batch.kill()
     out, _ = batch.communicate()
     assert place.outcomes()[0][0] == outcome, out
-    assert ("scontrol requeue 17" in place.calls()) == requeues
+    assert ("scontrol requeue 17" in place.slurm.calls()) == requeues
 
 
 def test_an_old_attempt_ends_itself_when_a_newer_begins(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ SITE: dict[str, Any] = {
 
 def environment(extra: dict[str, str]) -> dict[str, str]:
     """Return the environment of a command line user."""
-    own = {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    path = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    own = {"PYTHONPATH": os.pathsep.join(path), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return os.environ | own | extra
 
 
