@@ -65,6 +65,7 @@ class _Attempt:
         self.signals = _Signals()
         self._ending: Ending | None = None
         self._asked_again = False
+        self._lost = ""
         signal.signal(signal.SIGTERM, self.signals)
 
     def run(self) -> int:
@@ -95,7 +96,7 @@ class _Attempt:
             wait_for_end(task, earlier[-1], self.say)
         self._start_and_watch(hosts)
         reports, missing = self._reports(hosts)
-        verdict = judge(task, reports, missing)
+        verdict = Verdict("again", self._lost) if self._lost else judge(task, reports, missing)
         self._tell(reports)
         return self._act(verdict)
 
@@ -142,13 +143,13 @@ class _Attempt:
         failed_at: float | None = None
         while srun.poll() is None:
             time.sleep(_POLL_S)
-            self._go_on_after_time_limit()
+            self._note_ending()
             lost = beats.lost_nodes()
             if lost:
                 names = ", ".join(hosts[node] for node in lost)
-                self.say(
-                    f"{names}: no sign of life for {task.lost_after_s:g} s; ending the attempt"
-                )
+                self._lost = f"{names}: no sign of life for {task.lost_after_s:g} s"
+                self.say(f"{self._lost}; ending the attempt")
+                beats.note_lost(lost)
                 _end(srun, task.grace_s)
                 return
             if failed_at is None and any(place.glob("failed-*")):
@@ -160,11 +161,17 @@ class _Attempt:
                 _end(srun, task.grace_s)
                 return
 
-    def _go_on_after_time_limit(self) -> None:
-        """Ask for another start at once: KillWait later SLURM kills this step."""
-        if self._asked_again or self.ending() != "time limit":
+    def _note_ending(self) -> None:
+        """Do at once what cannot wait for the ranks: KillWait later SLURM kills this step."""
+        if self._ending is not None or (ending := self.ending()) is None:
             return
-        if self._num_stuck(progress_of(self.task.run).saved) >= self.task.attempts_without_progress:
+        saved = progress_of(self.task.run).saved
+        outcome = "cancelled" if ending == "cancelled" else "requeued"
+        reasons = {"cancelled": "by scancel", "time limit": "at the time limit"}
+        reason = f"ended by SLURM {reasons.get(ending, 'to start again')}"
+        # A second note replaces this one if the ranks end in time.
+        end_attempt(self.task.path, self.number, outcome, reason, saved)
+        if ending != "time limit" or self._num_stuck(saved) >= self.task.attempts_without_progress:
             return
         requeue(self.job_id)
         self._asked_again = True

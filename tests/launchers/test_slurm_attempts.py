@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from fake_slurm import FakeSlurm
 
+from launchers.slurm.heartbeats import wait_for_end
 from launchers.slurm.ledger import Attempt, begin_attempt, read_attempts, stuck_attempts
 from launchers.slurm.progress import Progress, progress_of
 from launchers.slurm.rendezvous import is_port_free, master_host, port_of, rank_environment
@@ -160,6 +161,44 @@ def test_an_old_attempt_ends_itself_when_a_newer_begins(tmp_path: Path) -> None:
         for node in range(2)
     ]
     assert {report["stopped_for"] for report in reports} == {"a newer attempt has begun"}
+
+
+def test_a_node_that_fell_silent_ends_the_attempt_and_is_not_waited_for_again(
+    tmp_path: Path,
+) -> None:
+    # The launcher of node 1 stands still, as after a cut link: only its heartbeat stops.
+    script = """
+if [ "$RANK" = 1 ]; then (sleep 7; kill -KILL $PPID) & kill -STOP $PPID; fi
+exec sleep 60
+"""
+    place = Place(tmp_path, script, lost_after_s=2.0, grace_s=1.0)
+    _, out = place.attempt()
+    assert "n2: no sign of life for 2 s; ending the attempt" in out
+    assert place.outcomes()[0] == ("requeued", "n2: no sign of life for 2 s")
+    old = read_attempts(place.task_folder)[0]
+    began = time.monotonic()
+    wait_for_end(place.task, old, lambda text: None)
+    assert time.monotonic() - began < 5, "its silence was noted before"
+    folder = place.task.attempt_folder(1)
+    (folder / "node-1.lost").unlink()
+    began = time.monotonic()
+    wait_for_end(place.task, old, lambda text: None)
+    assert time.monotonic() - began > 9, "nobody knows how long it has been silent"
+
+
+def test_ranks_meet_over_ipv6(tmp_path: Path) -> None:
+    script = (
+        "import torch, torch.distributed as d; d.init_process_group('gloo'); x = torch.ones(1); "
+        "d.all_reduce(x); print(int(x)); d.destroy_process_group()"
+    )
+    place = Place(
+        tmp_path, "", command=(sys.executable, "-c", script), master_host="::1", interface="lo"
+    )
+    code, out = place.attempt()
+    assert code == 0, out
+    for rank in range(2):
+        log = (place.task.attempt_folder(1) / f"rank-{rank}.log").read_text()
+        assert log.splitlines()[-1] == "2"
 
 
 def test_progress_of_a_run_and_of_an_adaptation(tmp_path: Path) -> None:

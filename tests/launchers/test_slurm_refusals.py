@@ -164,7 +164,7 @@ def test_training_that_fits_is_taken(place: Path) -> None:
     write_shards(place / "shards")
     check_without_slurm(plan("launch.ranks_per_node=2", "launch.mem_gb=1"))
     check_without_slurm(plan("launch.gpus_per_node=2", "launch.gpu_mem_gb=1", "launch.mem_gb=0.01"))
-    with pytest.raises(LaunchError, match="the job has 0[.]0001 GiB"):
+    with pytest.raises(LaunchError, match=r"the job has 0\.0001 GiB"):
         check_without_slurm(plan("launch.gpus_per_node=2", "launch.gpu_mem_gb=0.0001"))
 
 

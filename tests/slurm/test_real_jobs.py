@@ -93,6 +93,18 @@ def test_wrong_partition_and_too_many_nodes_are_refused_at_the_desk(place: Workp
     assert not (place.folder / "run" / "launch" / "launch.json").exists()
 
 
+def test_ranks_meet_at_a_name_that_has_only_ipv6(place: Workplace) -> None:
+    told = place.launch(
+        "slurm", "--site", "site.yaml", "--json", "launch.nodes=2", "folder=six",
+        "launch.master_host='{host}-six'", "--", "dist-decoder", "doctor", "--json",
+    )  # fmt: skip
+    place.wait_done(json.loads(told)["job_ids"]["doctor"])
+    (task,) = place.status("six")
+    assert task["state"] == "COMPLETED", place.output()
+    plan = place.folder / "six" / "jobs" / "doctor" / "task-000" / "attempt-001"
+    assert "all-reduce" in (plan / "rank-0.log").read_text()
+
+
 def test_a_hostile_path(place: Workplace) -> None:
     hostile = place.folder / """it's a "bad" $(echo name); 100% *"""
     hostile.mkdir()

@@ -125,7 +125,9 @@ touch "$0.again"; trap "" USR1 TERM; while :; do sleep 1; done
     first, second = place.attempts("deaf")
     assert second["outcome"] == "done", place.output()
     assert "the time limit is reached before the ranks have ended" in place.output()
-    assert first["outcome"] in ("requeued", "lost")
+    assert (first["outcome"], first["reason"]) == (
+        "requeued", "ended by SLURM at the time limit"
+    )  # fmt: skip
 
 
 def test_scancel_is_told_apart_from_a_requeue(place: Workplace) -> None:
@@ -134,7 +136,8 @@ def test_scancel_is_told_apart_from_a_requeue(place: Workplace) -> None:
     place.cluster.run("scancel", "--full", job_id)
     place.wait_done(job_id)
     (attempt,) = place.attempts()
-    assert (attempt["outcome"], attempt["reason"]) == ("cancelled", "cancelled by scancel")
+    assert attempt["outcome"] == "cancelled", place.output()
+    assert "by scancel" in attempt["reason"]
 
 
 def test_a_second_run_on_a_folder_is_refused_by_the_first(place: Workplace) -> None:
@@ -149,26 +152,24 @@ def test_a_second_run_on_a_folder_is_refused_by_the_first(place: Workplace) -> N
     assert "is in use: another process works on it" in attempt["reason"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["launch.partition=gone"], "launch.partition=gone: this cluster has high, main"),
-        (["launch.nodes=4"], "partition main has 3 nodes"),
-        (["run=/dev/shm/run"], "/dev/shm/run/launch is on a tmpfs"),
-        (["launch.local_paths=[/]"], "is below /, which every node has for itself"),
-        (["launch.setup=none.sh"], "launch.setup: none.sh cannot be read"),
-        (["launch.step_s=100"], "timeout_min=60 leaves 3570 s"),
-        (["launch.mem_gb=0.0001"], "`dist-decoder estimate` says  per rank"),
-        (["data.shards=nowhere"], "nowhere holds no manifest.json"),
-        (["launch.constraint=h100"], "SLURM refused job train"),
-        (["launch.reservation=none"], "SLURM refused job train"),
-        (["launch.exclude=n9"], "SLURM refused job train"),
-    ],
-)
-def test_bad_input_is_refused_by_the_real_command(
-    place: Workplace, overrides: list[str], says: str
-) -> None:
-    told = place.launch("slurm", "train.yaml", "--site", "site.yaml", *overrides, code=2)
-    assert says in told
-    assert "Traceback" not in told
+BAD_INPUT = [
+    ("launch.partition=gone", "launch.partition=gone: this cluster has high, main"),
+    ("launch.nodes=4", "partition main has 3 nodes"),
+    ("run=/dev/shm/run", "/dev/shm/run/launch is on a tmpfs"),
+    ("launch.local_paths=[/]", "is below /, which every node has for itself"),
+    ("launch.setup=none.sh", "launch.setup: none.sh cannot be read"),
+    ("launch.step_s=100", "timeout_min=60 leaves 3570 s"),
+    ("launch.mem_gb=0.000001", "`dist-decoder estimate` says  per rank"),
+    ("data.shards=nowhere", "nowhere holds no manifest.json"),
+    ("launch.constraint=h100", "SLURM refused job train"),
+    ("launch.reservation=none", "SLURM refused job train"),
+    ("launch.exclude=n9", "SLURM refused job train"),
+]
+
+
+def test_bad_input_is_refused_by_the_real_command(place: Workplace) -> None:
+    for override, says in BAD_INPUT:
+        told = place.launch("slurm", "train.yaml", "--site", "site.yaml", override, code=2)
+        assert says in told
+        assert "Traceback" not in told
     assert place.cluster.run("squeue", "--noheader") == ""

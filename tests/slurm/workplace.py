@@ -39,7 +39,7 @@ TRAIN: dict[str, Any] = {
 SITE: dict[str, Any] = {
     "launch": {
         "partition": "main", "local_paths": [], "signal_delay_s": 30, "timeout_min": 60,
-        "interface": "eth0", "grace_s": 5, "attempts_without_progress": 3,
+        "interface": "eth0", "grace_s": 5, "attempts_without_progress": 3, "lost_after_s": 10,
     }
 }  # fmt: skip
 
