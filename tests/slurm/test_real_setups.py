@@ -159,7 +159,7 @@ BAD_INPUT = [
     ("launch.local_paths=[/]", "is below /, which every node has for itself"),
     ("launch.setup=none.sh", "launch.setup: none.sh cannot be read"),
     ("launch.step_s=100", "timeout_min=60 leaves 3570 s"),
-    ("launch.mem_gb=0.000001", "`dist-decoder estimate` says  per rank"),
+    ("launch.mem_gb=0.000001", "`dist-decoder estimate` says "),
     ("data.shards=nowhere", "nowhere holds no manifest.json"),
     ("launch.constraint=h100", "SLURM refused job train"),
     ("launch.reservation=none", "SLURM refused job train"),
