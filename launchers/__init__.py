@@ -1,1 +1,1 @@
-"""Start ranks: on this machine, and later on a cluster. Nothing here imports torch."""
+"""Start ranks: on this machine, or on a cluster by SLURM. Nothing here imports torch."""

@@ -17,11 +17,13 @@ import typer
 
 from dist_decoder import dist
 from dist_decoder.config.doctor import DoctorConfig
+from dist_decoder.config.storage import StorageConfig
 from dist_decoder.dist import World
 from dist_decoder.errors import DistDecoderError
 from dist_decoder.storage import atomic_write_bytes, open_location
 
 _PINGS = 20
+_STORAGE = StorageConfig(deadline_s=15, attempt_s=10, retries=3)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _ports() -> Finding:
 
 def _shards(url: str) -> Finding:
     try:
-        size = len(open_location(url).read("manifest.json"))
+        size = len(open_location(url, _STORAGE).read("manifest.json"))
     except DistDecoderError as error:
         remedy = "check the URL, and credentials and endpoint in the environment of the job"
         return _finding("shards", False, str(error), remedy)
@@ -142,7 +144,7 @@ def _shared_folder(config: DoctorConfig, world: World) -> Finding:
     if world.is_first:
         try:
             atomic_write_bytes(path, content.encode())
-        except DistDecoderError as caught:
+        except (DistDecoderError, OSError) as caught:
             error = str(caught)
     dist.barrier(world)
     began = time.monotonic()
@@ -152,7 +154,7 @@ def _shared_folder(config: DoctorConfig, world: World) -> Finding:
         time.sleep(0.05)
     waited = time.monotonic() - began
     dist.barrier(world)
-    if world.is_first:
+    if world.is_first and not error:
         path.unlink(missing_ok=True)
     found = f"seen after {waited:.2f} s" if seen else error or f"not seen within {waited:.0f} s"
     remedy = f"{config.folder} must be writable, on a file system that all nodes mount"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +84,19 @@ def render(content: dict[str, Any]) -> str:
     The pooled embedding is shown, of a model without one its first output; ``report`` and
     ``--json`` have all the rest.
     """
+    wide = max([9, *(len(_name(row)) for row in content["results"])])
     lines = [
         f"{BRAIN_TO_IMAGE}, single trials, all subjects of a dataset",
-        f"{'dataset':12} {'model':9} {'output':7} {'value':>6}  {'interval':14}  "
+        f"{'dataset':12} {'model':{wide}} {'output':7} {'value':>6}  {'interval':14}  "
         f"{'chance':>6} {'bayes':>6} {'pool':>6}",
     ]
     shown = set()
     # In the order of the report: by dataset, then pooled before tokens and prior.
     for row in content["results"]:
-        key = (row["dataset"], row["model"])
+        key = (row["dataset"], row["model"], row["variant"])
         if row["subject"] == ALL and row["metric"] == BRAIN_TO_IMAGE and key not in shown:
             shown.add(key)
-            lines.append(_line(row))
+            lines.append(_line(row, wide))
     lines += [f"warning: {text}" for text in content["warnings"]]
     lines.append(
         f"{len(content['results'])} rows of scores; `dist-decoder report` shows all of them"
@@ -103,13 +104,17 @@ def render(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any], wide: int) -> str:
     bayes = "" if row["bayes"] is None else f"{row['bayes']:.3f}"
     interval = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
     return (
-        f"{row['dataset']:12} {row['model']:9} {row['output']:7} {row['value']:6.3f}  "
+        f"{row['dataset']:12} {_name(row):{wide}} {row['output']:7} {row['value']:6.3f}  "
         f"{interval:14}  {row['chance']:6.3f} {bayes:>6} {row['pool'] or '':>6}"
     ).rstrip()
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['model']} {row['variant']}".rstrip()
 
 
 class _Work:
@@ -119,6 +124,7 @@ class _Work:
         self.config = config
         self.manifest = manifest
         self.models = [model for row in config.models for model in _load(row, config, manifest)]
+        _refuse_twins(self.models)
         self.bayes = _ground_truth(config)
         self.notes: list[str] = []
         self.tables: list[QueryTable] = []
@@ -185,7 +191,8 @@ class _Work:
         }
         for model in self.models:
             if model.stage == "final":
-                name = f"{model.row.model} {model.row.run.name}"
+                row = model.row
+                name = " ".join(filter(None, (row.model, row.variant, row.run.name)))
                 fingerprints[name] = model.predictor.meta.fingerprint
         wanted = {uid for row in self.retrieved for uid in (row.image_uid, *row.retrieved)}
         pictures: dict[str, NDArray[np.uint8]] = {}
@@ -263,7 +270,10 @@ class _Work:
             found = _score_model(model.predictor, rows, trials, classes, name, config)
             for output, scores in found.items():
                 label, seed = model.row.model, model.predictor.seed
-                self.tables += tables(trials, classes, scores, label, output, seed, model.stage)
+                self.tables += [
+                    replace(table, key=replace(table.key, variant=model.row.variant))
+                    for table in tables(trials, classes, scores, label, output, seed, model.stage)
+                ]
                 if config.shuffled and label == "joint":
                     self.tables += shuffled_tables(trials, scores, output, config.seed)
             if not shown and model.stage == "final":
@@ -318,6 +328,20 @@ class _Work:
                     pool=len(trials.pool_M),
                 )
             )
+
+
+def _refuse_twins(models: Sequence[_Model]) -> None:
+    """Refuse two models whose scores of one subject would have the same name."""
+    known: dict[tuple[str, ...], Path] = {}
+    for model in models:
+        for name in model.subjects:
+            row, seed = model.row, str(model.predictor.seed)
+            other = known.setdefault((name, row.model, row.variant, seed, model.stage), row.run)
+            if other != row.run:
+                raise ConfigError(
+                    f"{other} and {row.run} are both {row.model} models of {name} with seed "
+                    f"{seed}: give them different `variant`s"
+                )
 
 
 def _score_model(

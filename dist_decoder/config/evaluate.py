@@ -47,6 +47,8 @@ class ModelRow(Section):
 
     model: Literal["joint", "single", "adapted", "scratch"]
     run: Path
+    variant: str = ""
+    """Name of the recipe, where models of one kind, subject and seed stand side by side."""
     datasets: tuple[str, ...] | None = None
     """Evaluate on these datasets only; None takes all that the model knows."""
     subjects: tuple[str, ...] | None = None

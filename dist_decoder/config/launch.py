@@ -22,6 +22,7 @@ _SET_BY_LAUNCHER = {
     "OMP_NUM_THREADS",
 }
 
+_PART = "part"
 Positive = Annotated[float, Field(gt=0)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
 Value = str | int | float
@@ -165,6 +166,9 @@ class JobSection(Section):
     """dist-decoder or data-tools with its arguments; {key} stands for a value of ``array``."""
     array: dict[Word, tuple[Value, ...]] = {}
     """One task for every combination of these values, the last key fastest."""
+    parts: PositiveInt | None = None
+    """Divide ``embed``, ``synthesise`` or ``shard`` into so many tasks; {part} in the command is
+    0/parts, 1/parts and so on. With ``array``, every combination is divided."""
     after: tuple[Word, ...] = ()
     """Names of the jobs that must have succeeded, with all their tasks."""
     launch: dict[str, Any] = {}
@@ -175,17 +179,26 @@ class JobSection(Section):
         empty = [key for key, values in self.array.items() if not values]
         if empty:
             raise ValueError(f"array.{empty[0]} has no values")
+        if self.parts is not None and _PART in self.array:
+            raise ValueError(f"array.{_PART} and parts both stand for {{{_PART}}}: rename one")
         text = "\0".join(self.command)
-        unused = [key for key in self.array if f"{{{key}}}" not in text]
-        if unused:
-            raise ValueError(f"array.{unused[0]} is not used: write {{{unused[0]}}} in command")
+        for key in self.choices:
+            if f"{{{key}}}" not in text:
+                name = "parts" if key not in self.array else f"array.{key}"
+                raise ValueError(f"{name} is not used: write {{{key}}} in command")
         return self
+
+    @property
+    def choices(self) -> dict[str, tuple[Value, ...]]:
+        """Values of the array by key, those of ``parts`` last; empty for a single task."""
+        if self.parts is None:
+            return self.array
+        return {**self.array, _PART: tuple(f"{part}/{self.parts}" for part in range(self.parts))}
 
     def tasks(self) -> list[dict[str, Value]]:
         """Return the values of every task; one empty choice without an array."""
-        return [
-            dict(zip(self.array, values, strict=True)) for values in product(*self.array.values())
-        ]
+        choices = self.choices
+        return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
 
 class SlurmConfig(Section):

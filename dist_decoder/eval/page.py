@@ -28,6 +28,8 @@ METRIC_LABELS = {
     IMAGE_TO_BRAIN: ("Image to brain", "which brain, one trial per image, saw this image?"),
     CATEGORY: ("Category", "which class was seen?"),
 }
+_TOGETHER = {"start": 2, "adapted": 2}
+_ONE_MODEL = ("model", "variant", "seed")
 OUTPUT_LABELS = {
     "pooled": "pooled embedding",
     "tokens": "tokens",
@@ -68,6 +70,7 @@ def page_context(
         "curves": curves,
         "tables": _tables(rows),
         "model_labels": MODEL_LABELS,
+        "has_variants": any(row["variant"] for row in rows),
         "has_bayes": any(row["bayes"] is not None for row in rows),
     }
 
@@ -139,21 +142,32 @@ def _card(dataset: str, rows: Sequence[Row], scale: float, holdout: bool) -> dic
         return None
     bars = []
     for row in main:
-        same = [d for d in dots if d["model"] == row["model"] and d["seed"] == row["seed"]]
+        same = [d for d in dots if all(d[name] == row[name] for name in _ONE_MODEL)]
         if "step0" in row:
             bars.append(_bar("start", row, scale, [], prefix="step0"))
         bars.append(_bar(row["model"], row, scale, same))
     order = list(MODEL_LABELS)
-    bars.sort(key=lambda bar: (bar["subject"], order.index(bar["model"])))
-    several = len({bar["subject"] for bar in bars}) > 1
+    # Each step 0 stands before its own adapted model, and recipes beside one another.
+    bars.sort(
+        key=lambda bar: (
+            bar["subject"], _TOGETHER.get(bar["model"], order.index(bar["model"])), bar["variant"],
+            bar["seed"], order.index(bar["model"]),
+        )
+    )  # fmt: skip
+    several = {name: len({bar[name] for bar in bars}) > 1 for name in ("subject", "seed")}
     for bar in bars:
-        bar["show_subject"] = several
+        bar["details"] = [
+            *([bar["subject"]] if several["subject"] else []),
+            *([bar["variant"]] if bar["variant"] else []),
+            *([f"seed {bar['seed']}"] if several["seed"] and bar["variant"] else []),
+        ]
     first = main[0]
     subjects = sorted({row["subject"] for row in (dots or main)} - {ALL})
     return {
         "dataset": dataset,
         "subjects": subjects,
         "bars": bars,
+        "detailed": any(bar["variant"] for bar in bars),
         "chance": first["chance"],
         "chance_pct": _pct(first["chance"], scale),
         "bayes": first["bayes"],
@@ -175,6 +189,7 @@ def _bar(
         "label": MODEL_LABELS[model][0],
         "about": MODEL_LABELS[model][1],
         "subject": row["subject"],
+        "variant": row["variant"],
         "seed": row["seed"],
         "value": value,
         "low": low,

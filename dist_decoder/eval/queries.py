@@ -43,6 +43,8 @@ class TableKey:
     """Seed of the training run; of the evaluation where nothing was trained."""
     stage: Literal["final", "start"] = "final"
     """start: an adapted model before its first training step."""
+    variant: str = ""
+    """Name of the recipe, where several models of one kind are compared."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _join(known: QueryTable, table: QueryTable) -> QueryTable:
     if both is not None and not np.allclose(both[0].values_Q, both[1].values_Q):
         raise DataError(
             f"{table.key}: the evaluations score the same trials differently; they are different "
-            "models. Report them separately, or give the runs different seeds"
+            "models. Give the runs different seeds, or the models different `variant`s"
         )
     fresh = ~np.isin(table.trials_Q, known.trials_Q)
     counts = len(known.trials_Q), int(fresh.sum())

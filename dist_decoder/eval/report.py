@@ -23,9 +23,9 @@ def make_report(evaluation: Evaluation, command: str) -> dict[str, Any]:
     """Return the content of ``report.json``.
 
     ``results`` is a list of rows: dataset, subject (without the dataset, or ``all``), model,
-    output, metric, value, ci_low, ci_high, chance, bayes (or null), pool, num_stimuli,
-    num_queries, repetitions (trials averaged in one query), protocol, seed, holdout; rows of
-    an adapted model also hold step0 with its interval.
+    variant (name of the recipe, or empty), output, metric, value, ci_low, ci_high, chance, bayes
+    (or null), pool, num_stimuli, num_queries, repetitions (trials averaged in one query), protocol,
+    seed, holdout; rows of an adapted model also hold step0 with its interval.
     """
     content = describe(evaluation)
     rows = content["results"]
@@ -98,10 +98,21 @@ def render_markdown(report: Mapping[str, Any], title: str) -> str:
     if steps:
         lines += ["", "## A new subject", ""]
         lines += _table(
-            ("subject", "metric", "output", "step 0", "adapted", f"{percent} interval"),
+            (
+                "subject",
+                "recipe",
+                "seed",
+                "metric",
+                "output",
+                "step 0",
+                "adapted",
+                f"{percent} interval",
+            ),
             [
                 (
                     f"{row['dataset']}/{row['subject']}",
+                    row["variant"],
+                    str(row["seed"]),
                     row["metric"],
                     row["output"],
                     number(row["step0"]),
@@ -119,7 +130,7 @@ def render_markdown(report: Mapping[str, Any], title: str) -> str:
             [
                 (
                     row["dataset"],
-                    f"{row['a']} - {row['b']}",
+                    f"{row['a']} - {row['b']} {row['variant']}".rstrip(),
                     row["metric"],
                     row["output"],
                     f"{row['difference']:+.3f}",
@@ -157,7 +168,7 @@ def _summary_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             row["dataset"],
-            row["model"],
+            f"{row['model']} {row['variant']}".rstrip(),
             row["metric"],
             row["output"],
             number(row["value"]),

@@ -109,6 +109,7 @@ def _position(table: QueryTable) -> tuple[Any, ...]:
         MODELS.index(key.model) if key.model in MODELS else len(MODELS),
         key.subject == ALL,
         key.subject,
+        key.variant,
         key.seed,
         key.stage,
     )
@@ -123,6 +124,7 @@ def _row(
         "dataset": key.dataset,
         "subject": key.subject,
         "model": key.model,
+        "variant": key.variant,
         "output": key.output,
         "metric": key.metric,
         "value": interval.value,
@@ -167,8 +169,8 @@ def _comparisons(tables: Sequence[QueryTable], settings: Settings) -> list[dict[
             if first.key.subject == ALL:
                 continue
             partners = [table for table in _of(tables, b) if _same_subject(table, first)]
-            same_seed = [table for table in partners if table.key.seed == first.key.seed]
-            for second in (same_seed or partners)[:1]:
+            partners.sort(key=lambda table: _distance(table.key, first.key))
+            for second in partners[:1]:
                 found.append((a, b, first, second))
     rows = []
     groups: dict[tuple[Any, ...], list[tuple[QueryTable, QueryTable]]] = {}
@@ -187,6 +189,11 @@ def _comparisons(tables: Sequence[QueryTable], settings: Settings) -> list[dict[
         if table.key.stage == "final":
             rows.append(_below_bayes(table, settings))
     return rows
+
+
+def _distance(key: TableKey, wanted: TableKey) -> tuple[bool, bool]:
+    """Sort partners of the same recipe first, then those of the same seed."""
+    return key.variant != wanted.variant, key.seed != wanted.seed
 
 
 def _of(tables: Iterable[QueryTable], name: str) -> list[QueryTable]:
@@ -236,6 +243,7 @@ def _difference_row(
     return {
         "dataset": key.dataset,
         "subject": key.subject,
+        "variant": key.variant,
         "a": a,
         "b": b,
         "metric": key.metric,
@@ -253,7 +261,8 @@ def _difference_row(
 def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for row in sorted(results, key=lambda row: row["subject"] != ALL):
-        where = "{dataset} {subject}, {model} {output} {metric}".format(**row)
+        where = "{dataset} {subject}, {model} {variant} {output} {metric}".format(**row)
+        where = where.replace("  ", " ")
         leaks = bool(row.get("above_bayes"))
         if leaks and not _is_told(row, results):
             found.append(
@@ -273,7 +282,7 @@ def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
 
 def _is_told(row: dict[str, Any], results: Sequence[dict[str, Any]]) -> bool:
     """Whether the warning about all subjects already covers this one."""
-    same = ("dataset", "model", "output", "metric", "seed")
+    same = ("dataset", "model", "variant", "output", "metric", "seed")
     return row["subject"] != ALL and any(
         other["subject"] == ALL
         and other.get("above_bayes")

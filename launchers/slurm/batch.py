@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_decoder.errors import LaunchError
-from launchers.slurm.controller import hosts_of, job_state, requeue
+from launchers.slurm.controller import Ending, ending_of, hosts_of, requeue
 from launchers.slurm.heartbeats import Heartbeats, wait_for_end
 from launchers.slurm.ledger import (
     UNKNOWN_END,
@@ -61,24 +61,32 @@ class _Attempt:
     def __init__(self, task: Task, say: Callable[[str], None]) -> None:
         self.task, self.say = task, say
         self.job_id = os.environ["SLURM_JOB_ID"]
+        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.signals = _Signals()
+        self._ending: Ending | None = None
+        self._asked_again = False
+        self._lost = ""
         signal.signal(signal.SIGTERM, self.signals)
 
     def run(self) -> int:
         task = self.task
         earlier = self._close_open()
         before = progress_of(task.run)
-        mine = [item for item in earlier if item.job_id == self.job_id]
-        stuck = stuck_attempts(mine, before.saved)
+        stuck = self._num_stuck(before.saved)
         if stuck >= task.attempts_without_progress:
-            return self._give_up(stuck, mine[-1])
+            return self._give_up(stuck, earlier[-1])
         self.number = earlier[-1].number + 1 if earlier else 1
         hosts = hosts_of(os.environ["SLURM_JOB_NODELIST"])
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         begin_attempt(
             task.path,
             Attempt(
-                self.number, self.job_id, restarts, hosts, time.time(), before.saved, before.lost
+                self.number,
+                self.job_id,
+                self.restarts,
+                hosts,
+                time.time(),
+                before.saved,
+                before.lost,
             ),
         )
         self.say(f"attempt {self.number} of {task.name}, job {self.job_id}, on {', '.join(hosts)}")
@@ -88,7 +96,7 @@ class _Attempt:
             wait_for_end(task, earlier[-1], self.say)
         self._start_and_watch(hosts)
         reports, missing = self._reports(hosts)
-        verdict = judge(task, reports, missing)
+        verdict = Verdict("again", self._lost) if self._lost else judge(task, reports, missing)
         self._tell(reports)
         return self._act(verdict)
 
@@ -135,12 +143,13 @@ class _Attempt:
         failed_at: float | None = None
         while srun.poll() is None:
             time.sleep(_POLL_S)
+            self._note_ending()
             lost = beats.lost_nodes()
             if lost:
                 names = ", ".join(hosts[node] for node in lost)
-                self.say(
-                    f"{names}: no sign of life for {task.lost_after_s:g} s; ending the attempt"
-                )
+                self._lost = f"{names}: no sign of life for {task.lost_after_s:g} s"
+                self.say(f"{self._lost}; ending the attempt")
+                beats.note_lost(lost)
                 _end(srun, task.grace_s)
                 return
             if failed_at is None and any(place.glob("failed-*")):
@@ -151,6 +160,32 @@ class _Attempt:
                 self.say("the other ranks did not end after a failure; ending the attempt")
                 _end(srun, task.grace_s)
                 return
+
+    def _note_ending(self) -> None:
+        """Do at once what cannot wait for the ranks: KillWait later SLURM kills this step."""
+        if self._ending is not None or (ending := self.ending()) is None:
+            return
+        saved = progress_of(self.task.run).saved
+        outcome = "cancelled" if ending == "cancelled" else "requeued"
+        reasons = {"cancelled": "by scancel", "time limit": "at the time limit"}
+        reason = f"ended by SLURM {reasons.get(ending, 'to start again')}"
+        # A second note replaces this one if the ranks end in time.
+        end_attempt(self.task.path, self.number, outcome, reason, saved)
+        if ending != "time limit" or self._num_stuck(saved) >= self.task.attempts_without_progress:
+            return
+        requeue(self.job_id)
+        self._asked_again = True
+        self.say("the time limit is reached before the ranks have ended; asked for another start")
+
+    def _num_stuck(self, saved: int | None) -> int:
+        mine = [item for item in read_attempts(self.task.path) if item.job_id == self.job_id]
+        return stuck_attempts(mine, saved)
+
+    def ending(self) -> Ending | None:
+        """Return why SLURM ends this job; None while it does not."""
+        if self._ending is None and self.signals.terminated:
+            self._ending = ending_of(self.job_id, self.restarts)
+        return self._ending
 
     def _reports(self, hosts: tuple[str, ...]) -> tuple[list[NodeReport], list[str]]:
         reports, missing = [], []
@@ -185,22 +220,22 @@ class _Attempt:
             return self._end("cancelled", "cancelled by dist-launch cancel", saved, 1)
         if verdict.outcome == "done":
             return self._end("done", verdict.reason, saved, 0)
-        state = job_state(self.job_id) if self.signals.terminated else ""
-        if state == "CANCELLED":
+        ending = self.ending()
+        if ending == "cancelled":
             return self._end("cancelled", "cancelled by scancel", saved, 1)
-        if self.signals.terminated and state != "TIMEOUT":
+        if ending in ("requeued", "unknown"):
             # SLURM has taken the job back and starts it again by itself.
             return self._end("requeued", f"taken back by SLURM: {verdict.reason}", saved, 0)
         if verdict.outcome == "failed":
             return self._end("failed", verdict.reason, saved, verdict.exit_code)
-        attempts = [item for item in read_attempts(task.path) if item.job_id == self.job_id]
-        stuck = stuck_attempts(attempts, saved)
+        stuck = self._num_stuck(saved)
         if stuck >= task.attempts_without_progress:
             end_attempt(task.path, self.number, "failed", verdict.reason, saved)
             return self._give_up(stuck, read_attempts(task.path)[-1])
-        reason = f"time limit: {verdict.reason}" if state == "TIMEOUT" else verdict.reason
+        reason = f"time limit: {verdict.reason}" if ending == "time limit" else verdict.reason
         self._end("requeued", reason, saved, 0)
-        requeue(self.job_id)
+        if not self._asked_again:
+            requeue(self.job_id)
         # SLURM ends this step by itself; an exit of ours would decide about dependent jobs.
         time.sleep(120)
         return 1

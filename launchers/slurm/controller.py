@@ -9,8 +9,11 @@ import re
 import subprocess
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 from dist_decoder.errors import LaunchError
+
+Ending = Literal["requeued", "time limit", "cancelled", "unknown"]
 
 _PATIENCE_S = 300.0
 """A controller that restarts is back long before."""
@@ -61,14 +64,26 @@ def hosts_of(nodelist: str) -> tuple[str, ...]:
     return tuple(ask(["scontrol", "show", "hostnames", nodelist]).split())
 
 
-def job_state(job_id: str) -> str:
-    """Return the state of a job, such as ``CANCELLED``; empty if SLURM has forgotten it."""
+def ending_of(job_id: str, restarts: int) -> Ending:
+    """Return why SLURM ends a job whose batch step still runs.
+
+    The state says COMPLETING whatever the cause; the number of restarts, which SLURM raises when it
+    takes a job back, and the reason tell the causes apart.
+
+    Args:
+        job_id: of the job, or of the task of an array.
+        restarts: how often it had been restarted when this start of it began.
+    """
     try:
         text = ask(["scontrol", "show", "job", "--oneliner", job_id], patience_s=20)
     except LaunchError:
-        return ""
-    found = re.search(r"\bJobState=(\w+)", text)
-    return found.group(1) if found else ""
+        return "unknown"
+    fields = dict(re.findall(r"\b(JobState|Reason|Restarts)=(\S+)", text))
+    if int(fields.get("Restarts", restarts)) > restarts:
+        return "requeued"
+    if "TimeLimit" in fields.get("Reason", "") or fields.get("JobState") == "TIMEOUT":
+        return "time limit"
+    return "cancelled" if fields.get("JobState") in ("CANCELLED", "COMPLETING") else "unknown"
 
 
 def requeue(job_id: str) -> None:

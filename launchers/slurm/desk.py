@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import launchers
 from dist_decoder.config.adapt import AdaptConfig
+from dist_decoder.config.data import DataConfig
+from dist_decoder.config.evaluate import EvaluateConfig, PredictConfig, ReportConfig
 from dist_decoder.config.launch import LaunchConfig
+from dist_decoder.config.storage import StorageConfig
 from dist_decoder.config.train import TrainConfig
 from dist_decoder.errors import ConfigError, LaunchError
 from dist_decoder.storage import open_location
@@ -23,6 +27,8 @@ from launchers.slurm.task import RECORD_NAME
 
 _LOCAL_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs"}
 _PATIENCE_S = 30.0
+_DESK_STORAGE = StorageConfig(deadline_s=15, attempt_s=10, retries=3)
+"""A person waits for the answer; inside the job there is time for a server that restarts."""
 _GIB = 1 << 30
 
 
@@ -32,6 +38,7 @@ def check_without_slurm(plan: Plan) -> None:
     Raises:
         DistDecoderError: a job could not work.
     """
+    made: set[str] = set()
     for job in plan.jobs:
         if job.launch.setup is not None and not os.access(job.launch.setup, os.R_OK):
             raise LaunchError(
@@ -40,11 +47,16 @@ def check_without_slurm(plan: Plan) -> None:
             )
         _check_shared(plan.folder, job.launch)
         for planned in job.tasks:
-            if planned.task.run is not None:
-                _check_shared(Path(planned.task.run), job.launch)
-                _check_time(job, planned)
-        _check_shards(job)
+            for place in _written_by(planned):
+                _check_shared(place, job.launch)
+            _check_time(job, planned)
+        _check_shards(job, made)
         _check_memory(job)
+        made |= {
+            str(planned.config.shards_location)
+            for planned in job.tasks
+            if isinstance(planned.config, DataConfig)
+        }
 
 
 def check_with_slurm(plan: Plan) -> None:
@@ -148,14 +160,21 @@ def _measured_step_s(run: Path, batch_size: int) -> float | None:
     return batch_size / rate if rate else None
 
 
-def _check_shards(job: PlannedJob) -> None:
-    seen: set[str] = set()
-    for planned in job.tasks:
-        shards = _shards_of(planned)
-        if shards is None or shards in seen:
-            continue
-        seen.add(shards)
-        storage = open_location(shards)
+def _written_by(planned: PlannedTask) -> list[Path]:
+    """Return the local folders that a task writes."""
+    config = planned.config
+    if isinstance(config, TrainConfig | AdaptConfig):
+        return [Path(config.run).absolute()]
+    if isinstance(config, DataConfig | EvaluateConfig | PredictConfig | ReportConfig):
+        return [Path(config.output).absolute()]
+    return []
+
+
+def _check_shards(job: PlannedJob, made: Set[str]) -> None:
+    """Check that shards can be read, except those that earlier jobs of the chain will make."""
+    wanted = {shards for planned in job.tasks if (shards := _shards_of(planned)) is not None}
+    for shards in sorted(wanted - made):
+        storage = open_location(shards, _DESK_STORAGE)
         if not storage.exists("manifest.json"):
             raise LaunchError(
                 f"{shards} holds no manifest.json: make the shards first (data-tools shard), or "
@@ -165,7 +184,9 @@ def _check_shards(job: PlannedJob) -> None:
 
 def _shards_of(planned: PlannedTask) -> str | None:
     config = planned.config
-    return config.data.shards if isinstance(config, TrainConfig | AdaptConfig) else None
+    if isinstance(config, TrainConfig | AdaptConfig):
+        return config.data.shards
+    return config.shards if isinstance(config, EvaluateConfig) else None
 
 
 def _check_memory(job: PlannedJob) -> None:
@@ -177,8 +198,8 @@ def _check_memory(job: PlannedJob) -> None:
     memory = found["memory_bytes_per_rank"][str(config.engine.zero_stage)]
     if memory > limit * _GIB:
         raise LaunchError(
-            f"`dist-decoder estimate` says {memory / _GIB:.1f} GiB per rank, but the job has "
-            f"{limit:.1f} GiB per rank: raise launch.mem_gb or gpu_mem_gb, take more ranks or a "
+            f"`dist-decoder estimate` says {memory / _GIB:.3g} GiB per rank, but the job has "
+            f"{limit:.3g} GiB per rank: raise launch.mem_gb or gpu_mem_gb, take more ranks or a "
             "higher engine.zero_stage, or set launch.estimate=false"
         )
 
@@ -189,6 +210,12 @@ def _limit_gib(launch: LaunchConfig) -> float | None:
     return launch.mem_gb / launch.num_local_ranks if launch.mem_gb is not None else None
 
 
+def _own_path() -> str:
+    """Return a PYTHONPATH that begins with this very installation."""
+    own = str(Path(launchers.__file__).resolve().parents[1])
+    return os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH", "")]))
+
+
 def _estimate(planned: PlannedTask) -> Mapping[str, Any]:
     """Ask the command: launchers import no torch."""
     with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +224,8 @@ def _estimate(planned: PlannedTask) -> Mapping[str, Any]:
         done = subprocess.run(
             [sys.executable, "-m", "dist_decoder", "estimate", str(path), "--json",
              "--ranks", str(planned.task.num_ranks)],
-            capture_output=True, text=True, check=False,
+            env=os.environ | {"PYTHONPATH": _own_path()}, capture_output=True, text=True,
+            check=False,
         )  # fmt: skip
     if done.returncode != 0:
         raise LaunchError(f"dist-decoder estimate failed: {done.stderr.strip()}")

@@ -7,10 +7,10 @@ since clocks of nodes differ. Standard library only: this runs inside jobs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launchers.slurm.ledger import Attempt
+from launchers.slurm.ledger import Attempt, write_whole
 from launchers.slurm.task import Task
 
 _FIRST_BEAT_FACTOR = 4
@@ -33,11 +33,22 @@ class Heartbeats:
         """Return the nodes that have not ended and gave no sign of life for too long."""
         return [node for node in self._seen if self._silence(node) > self._limit(node)]
 
+    def note_lost(self, nodes: Sequence[int]) -> None:
+        """Tell the next attempt which nodes have been silent already, and since which sign."""
+        for node in nodes:
+            write_whole(self._place / f"node-{node}.lost", self._seen[node][0])
+
     def silent_nodes(self, seconds: float) -> list[int]:
         """Return the nodes that ended, or gave no sign of life for so long."""
         return [
-            node for node in self._seen if self._has_ended(node) or self._silence(node) > seconds
+            node
+            for node in self._seen
+            if self._has_ended(node) or self._silence(node) > seconds or self._is_noted(node)
         ]
+
+    def _is_noted(self, node: int) -> bool:
+        path = self._place / f"node-{node}.lost"
+        return path.is_file() and path.read_text() == self._seen[node][0]
 
     def _limit(self, node: int) -> float:
         return self._lost_after_s * (1 if self._seen[node][0] else _FIRST_BEAT_FACTOR)

@@ -105,7 +105,7 @@ def make_plan(config: SlurmConfig, command: Sequence[str], code: Path | None = N
                 _task(section, config.launch_of(section), index, item, folder, code)
                 for index, item in enumerate(tasks)
             ),
-            bool(section.array),
+            bool(section.choices),
         )
         for section, tasks in prepared
     )

@@ -75,7 +75,7 @@ def batch_executor(
         "account": launch.account,
         "qos": launch.qos,
         "gpus_per_node": launch.gpus_per_node or None,
-        "mem": f"{round(launch.mem_gb * 1024)}MB" if launch.mem_gb is not None else None,
+        "mem": _memory(launch.mem_gb) if launch.mem_gb is not None else None,
         "constraint": launch.constraint,
         "exclude": launch.exclude,
         "exclusive": launch.exclusive or None,
@@ -93,6 +93,11 @@ def batch_executor(
         if launch.array_parallelism is not None:
             executor.parameters["array_parallelism"] = launch.array_parallelism
     return executor
+
+
+def _memory(gib: float) -> str:
+    # --mem=0 would ask for all memory of the node.
+    return f"{max(round(gib * 1024), 1)}MB"
 
 
 def batch_command(job: PlannedJob) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_decoder.errors import LaunchError
+from launchers.log_files import tail
 from launchers.slurm.controller import ask
 from launchers.slurm.desk import living_jobs
 from launchers.slurm.ledger import Attempt, read_attempts, write_whole
@@ -35,6 +36,8 @@ class TaskStatus:
     """In all attempts together."""
     loss: float | None
     attempts: tuple[Attempt, ...]
+    output: str = ""
+    """File of the batch script, if SLURM has ended the job before an attempt began."""
 
 
 def launch_folder(run: Path) -> Path:
@@ -68,6 +71,7 @@ def status_of(run: Path) -> tuple[TaskStatus, ...]:
                     states.get(key) or states.get(job["id"], "UNKNOWN"),
                     progress.saved, progress.logged, sum(item.lost for item in attempts),
                     entry["loss/total"] if entry is not None else None, attempts,
+                    "" if attempts else _output_of(folder, key),
                 )
             )  # fmt: skip
     return tuple(found)
@@ -85,6 +89,9 @@ def render(tasks: tuple[TaskStatus, ...]) -> str:
             + (f", {step}, {task.lost_steps} steps lost" if known else "")
             + (f", loss {task.loss:.4g}" if task.loss is not None else "")
         )
+        if task.output:
+            last = tail(Path(task.output), 0, 1)
+            lines.append(f"  no attempt began; {task.output} ends: {''.join(last)}")
         for item in task.attempts:
             outcome = item.outcome or "running"
             end = f": {item.reason}" if item.reason else ""
@@ -106,6 +113,11 @@ def cancel_launch(run: Path) -> dict[str, Any]:
     if alive:
         ask(["scancel", *alive], _PATIENCE_S)
     return {"cancelled": alive}
+
+
+def _output_of(folder: Path, key: str) -> str:
+    path = folder / "slurm" / f"{key}.out"
+    return str(path) if path.is_file() else ""
 
 
 def _states(ids: list[str]) -> dict[str, str]:

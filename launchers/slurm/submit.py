@@ -110,10 +110,9 @@ def _submit_jobs(plan: Plan) -> Submission:
         except (FailedJobError, FailedSubmissionError) as error:
             if ids:
                 ask(["scancel", *ids.values()])
-            text = str(error).strip().splitlines()
-            raise LaunchError(
-                f"SLURM refused job {job.name}: {text[-1] if text else error!r}; nothing is queued"
-            ) from error
+            lines = str(error).strip().splitlines()
+            said = lines[-1].strip("'") if lines else repr(error)
+            raise LaunchError(f"SLURM refused job {job.name}: {said}; nothing is queued") from error
     record = {
         "submitted": time.time(),
         "jobs": [

@@ -53,9 +53,11 @@ def judge(task: Task, reports: Sequence[NodeReport], missing: Sequence[str]) -> 
             "again", f"no report from {', '.join(missing)}: the node or its link is gone"
         )
     first = failed[0]
+    said = _error_of(reports, first)
     if _is_final(failed, task):
-        return Verdict("failed", f"rank {first.rank} ended with {describe(first.code)}", first.code)
-    return Verdict("again", f"rank {first.rank} ended first, with {describe(first.code)}")
+        reason = f"rank {first.rank} ended with {describe(first.code)}{said}"
+        return Verdict("failed", reason, first.code)
+    return Verdict("again", f"rank {first.rank} ended first, with {describe(first.code)}{said}")
 
 
 def describe(code: int) -> str:
@@ -66,6 +68,13 @@ def describe(code: int) -> str:
         return signal.Signals(code - 128).name
     except ValueError:
         return f"exit code {code}"
+
+
+def _error_of(reports: Sequence[NodeReport], first: RankExit) -> str:
+    """Return the error that our commands end with, for the one line of ``status``."""
+    lines = next(report.lines for report in reports if first in report.exits)
+    errors = [line for line in lines if line.startswith("error: ")]
+    return f": {errors[-1]}" if errors else ""
 
 
 def _is_final(failed: Sequence[RankExit], task: Task) -> bool:

@@ -131,6 +131,25 @@ def test_adapted_carries_the_score_of_its_start(content):
     assert gain["difference"] == pytest.approx(row["value"] - row["step0"])
 
 
+def test_recipes_of_one_subject_are_told_apart(world, tmp_path):
+    """Two adapted models with the same seed: without a variant their scores have one name."""
+    write_run(tmp_path / "other", world / "shards", (HOLDOUT,), blur=0.3, config={"sessions": 1})
+    runs = {"plain": world / "adapted", "blurred": tmp_path / "other"}
+    models = [{"model": "adapted", "run": place, "variant": name} for name, place in runs.items()]
+    content = run(_config(world, tmp_path / "out", models=models))
+    plain, blurred = (
+        _find(content["results"], subject="new", model="adapted", variant=name, **FORWARD)
+        for name in runs
+    )
+    assert plain["value"] != blurred["value"]
+    assert plain["num_queries"] == blurred["num_queries"]
+    assert {"adapted plain adapted", "adapted blurred other"} <= content["fingerprints"].keys()
+    assert "adapted blurred" in render(content)
+    unnamed = [{"model": "adapted", "run": place} for place in runs.values()]
+    with pytest.raises(ConfigError, match="give them different `variant`s"):
+        run(_config(world, tmp_path / "out", models=unnamed))
+
+
 def test_ridge_of_a_new_subject_uses_the_sessions_it_may(world, evaluated, tmp_path):
     """The adapted models say 1 session: with 2 the ridge has twice the rows."""
     for name in ("adapted", "scratch"):

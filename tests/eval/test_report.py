@@ -263,3 +263,33 @@ def test_contact_sheet_keeps_a_place_for_missing_pictures():
     assert sheet[60, 150 + 60, 0] == 0
     assert sheet[60, 150 + 118 + 60, 0] == 220
     assert sheet[60 + 118, 150 + 60, 0] == 220
+
+
+def test_recipes_and_seeds_stand_side_by_side(tmp_path):
+    found = []
+    signals = {("lora", 0): 0.3, ("lora", 1): 0.5, ("full", 0): 0.7, ("full", 1): 0.9}
+    for subject in ("subj05", "subj07"):
+        new = made_up_trials(f"nsd/{subject}", holdout=True, bayes=0.95)
+        for (variant, seed), signal in signals.items():
+            for table in made_up_tables(new, "adapted", signal):
+                found.append(replace(table, key=replace(table.key, variant=variant, seed=seed)))
+    half = len(found) // 2
+    for name, tables in (("one", found[:half]), ("two", found[half:])):
+        write_evaluation(tmp_path / name, _evaluation(tables))
+    run(ReportConfig(evaluation=(tmp_path / "one", tmp_path / "two"), output=tmp_path / "report"))
+    rows = json.loads((tmp_path / "report" / "report.json").read_text())["results"]
+    single = [row for row in rows if row["subject"] != "all" and row["output"] == "pooled"]
+    top1 = {
+        (row["subject"], row["variant"], row["seed"]): row["value"]
+        for row in single
+        if row["metric"] == "brain_to_image_top1"
+    }
+    assert len(top1) == 8
+    assert top1["subj05", "lora", 0] < top1["subj05", "full", 1]
+    page = (tmp_path / "report" / "report.html").read_text()
+    for subject in ("subj05", "subj07"):
+        for variant, seed in signals:
+            assert f"<small>{subject}, {variant}, seed {seed}</small>" in page
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "adapted lora" in text
+    assert "adapted full" in text

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_slurm import write_fakes
+from fake_slurm import FakeSlurm
 
+from launchers.slurm.heartbeats import wait_for_end
 from launchers.slurm.ledger import Attempt, begin_attempt, read_attempts, stuck_attempts
 from launchers.slurm.progress import Progress, progress_of
 from launchers.slurm.rendezvous import is_port_free, master_host, port_of, rank_environment
@@ -39,31 +40,26 @@ class Place:
         }  # fmt: skip
         self.task = Task(**values)  # type: ignore[arg-type]
         (self.task_folder / "plan.json").write_text(self.task.to_json())
-        self.fakes = write_fakes(folder / "fakes")
+        self.slurm = FakeSlurm(folder / "fakes")
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "launchers.slurm.batch", str(self.job)],
-            env=os.environ | self.fakes | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | self.slurm.env | {"PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
     def attempt(self) -> tuple[int, str]:
         batch = self.start()
         # The wait after a requeue ends with SLURM's SIGKILL.
-        while batch.poll() is None and "scontrol requeue" not in self.calls():
+        while batch.poll() is None and "scontrol requeue" not in self.slurm.calls():
             time.sleep(0.05)
         time.sleep(0.3)
-        if "scontrol requeue" in self.calls():
+        if "scontrol requeue" in self.slurm.calls():
             batch.kill()
-            calls = Path(self.fakes["FAKE"], "calls")
-            calls.rename(calls.with_name("old-calls"))
+            self.slurm.forget_calls()
         out, _ = batch.communicate(timeout=30)
         return batch.returncode, out
-
-    def calls(self) -> str:
-        path = Path(self.fakes["FAKE"], "calls")
-        return path.read_text() if path.is_file() else ""
 
     def outcomes(self) -> list[tuple[str | None, str]]:
         return [(item.outcome, item.reason) for item in read_attempts(self.task_folder)]
@@ -125,16 +121,16 @@ def test_a_saved_stop_is_done_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "outcome", "requeues"),
     [
-        ("CANCELLED", "cancelled", False),
-        ("PENDING", "requeued", False),
-        ("TIMEOUT", "requeued", True),
+        ("cancelled", "cancelled", False),
+        ("requeued", "requeued", False),
+        ("time limit", "requeued", True),
     ],
 )
 def test_what_slurm_means_by_sigterm(
     tmp_path: Path, state: str, outcome: str, requeues: bool
 ) -> None:
     place = Place(tmp_path, 'touch "$RUN-$RANK"; exec sleep 60')
-    Path(place.fakes["FAKE"], "state").write_text(state)
+    place.slurm.choose("scontrol show job", f"show: {state}")
     batch = place.start()
     while len(list(tmp_path.glob("run-*"))) < 2:
         time.sleep(0.05)
@@ -149,7 +145,7 @@ def test_what_slurm_means_by_sigterm(
     batch.kill()
     out, _ = batch.communicate()
     assert place.outcomes()[0][0] == outcome, out
-    assert ("scontrol requeue 17" in place.calls()) == requeues
+    assert ("scontrol requeue 17" in place.slurm.calls()) == requeues
 
 
 def test_an_old_attempt_ends_itself_when_a_newer_begins(tmp_path: Path) -> None:
@@ -165,6 +161,44 @@ def test_an_old_attempt_ends_itself_when_a_newer_begins(tmp_path: Path) -> None:
         for node in range(2)
     ]
     assert {report["stopped_for"] for report in reports} == {"a newer attempt has begun"}
+
+
+def test_a_node_that_fell_silent_ends_the_attempt_and_is_not_waited_for_again(
+    tmp_path: Path,
+) -> None:
+    # The launcher of node 1 stands still, as after a cut link: only its heartbeat stops.
+    script = """
+if [ "$RANK" = 1 ]; then (sleep 7; kill -KILL $PPID) & kill -STOP $PPID; fi
+exec sleep 60
+"""
+    place = Place(tmp_path, script, lost_after_s=2.0, grace_s=1.0)
+    _, out = place.attempt()
+    assert "n2: no sign of life for 2 s; ending the attempt" in out
+    assert place.outcomes()[0] == ("requeued", "n2: no sign of life for 2 s")
+    old = read_attempts(place.task_folder)[0]
+    began = time.monotonic()
+    wait_for_end(place.task, old, lambda text: None)
+    assert time.monotonic() - began < 5, "its silence was noted before"
+    folder = place.task.attempt_folder(1)
+    (folder / "node-1.lost").unlink()
+    began = time.monotonic()
+    wait_for_end(place.task, old, lambda text: None)
+    assert time.monotonic() - began > 9, "nobody knows how long it has been silent"
+
+
+def test_ranks_meet_over_ipv6(tmp_path: Path) -> None:
+    script = (
+        "import torch, torch.distributed as d; d.init_process_group('gloo'); x = torch.ones(1); "
+        "d.all_reduce(x); print(int(x)); d.destroy_process_group()"
+    )
+    place = Place(
+        tmp_path, "", command=(sys.executable, "-c", script), master_host="::1", interface="lo"
+    )
+    code, out = place.attempt()
+    assert code == 0, out
+    for rank in range(2):
+        log = (place.task.attempt_folder(1) / f"rank-{rank}.log").read_text()
+        assert log.splitlines()[-1] == "2"
 
 
 def test_progress_of_a_run_and_of_an_adaptation(tmp_path: Path) -> None:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import pytest
-import yaml
+from desk import plan
 
 from dist_decoder.config.launch import SlurmConfig
-from dist_decoder.errors import ConfigError, DistDecoderError, LaunchError
-from launchers.slurm.desk import check_with_slurm, check_without_slurm
-from launchers.slurm.jobs import make_plan
-from launchers.slurm.read_config import read_launch
 from launchers.slurm.snapshot import snapshot
 from launchers.slurm.submit import preview
-
-HOSTILE = """it's a "bad" $(echo name); *"""
 
 GOLDEN = """\
 #!/bin/bash
@@ -58,29 +49,6 @@ export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"
 export SUBMITIT_EXECUTOR=slurm
 exec {python} -P -m launchers.slurm.batch {job}
 """
-
-
-def write(path: Path, values: dict[str, Any]) -> str:
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / HOSTILE
-    (folder / "shards").mkdir(parents=True)
-    (folder / "shards" / "manifest.json").write_text("{}")
-    monkeypatch.chdir(folder)
-    write(folder / "train.yaml", {
-        "run": "a run", "data": {"shards": "shards", "batch_size": 8}, "optim": {"steps": 10},
-        "checkpoint": {"every_steps": 100},
-    })  # fmt: skip
-    write(folder / "site.yaml", {"launch": {"local_paths": [], "timeout_min": 30}})
-    return folder
-
-
-def plan(*overrides: str) -> Any:
-    return make_plan(read_launch("train.yaml", overrides, (), "site.yaml"), ())
 
 
 def test_golden_text_with_hostile_paths(place: Path) -> None:
@@ -154,73 +122,3 @@ def test_a_snapshot_wins_over_the_working_folder(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert Path(found).is_relative_to(code)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["launch.setup=none.sh"], "launch.setup: none.sh cannot be read"),
-        (["data.shards=nowhere"], "nowhere holds no manifest.json"),
-        (["run=/dev/shm/run"], "/dev/shm/run/launch is on a tmpfs"),
-        (["launch.local_paths=[/]"], "is below /, which every node has for itself"),
-        (["launch.step_s=20"], "is 2000 s, but timeout_min=30 leaves 1680 s"),
-        (["launch.signal_delay_s=1800"], "signal_delay_s=1800 is not shorter"),
-        (["launch.node=2"], "did you mean 'launch.nodes'"),
-        (["optim.step=2"], "did you mean 'optim.steps'"),
-        (["launch.env.RANK='1'"], "env must not set RANK"),
-    ],
-)
-def test_what_is_known_at_the_desk_fails_there(
-    place: Path, overrides: list[str], says: str
-) -> None:
-    with pytest.raises(DistDecoderError) as caught:
-        check_without_slurm(plan(*overrides))
-    assert says in str(caught.value)
-
-
-def test_measured_speed_is_compared_with_the_time_limit(place: Path) -> None:
-    (place / "a run").mkdir()
-    line = {"step": 5, "loss/total": 1.0, "samples_per_s": 0.4}
-    (place / "a run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(ConfigError, match="at 20 s a step"):
-        check_without_slurm(plan())
-    check_without_slurm(plan("checkpoint.every_steps=10"))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["launch.partition=gone"], "launch.partition=gone: this cluster has high, main"),
-        (["launch.nodes=4"], "launch.nodes=4: partition of this cluster has 3 nodes"),
-        (["launch.nodes=3", "launch.partition=high"], "partition high has 2 nodes"),
-    ],
-)
-def test_partitions_are_looked_up(
-    place: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], says: str
-) -> None:
-    sinfo = place / "bin" / "sinfo"
-    sinfo.parent.mkdir()
-    # As SLURM 22.05 prints it.
-    sinfo.write_text("#!/bin/sh\nprintf 'main|2|up\\nmain|1|up\\nhigh|2|up\\n'\n")
-    sinfo.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sinfo.parent}{os.pathsep}{os.environ['PATH']}")
-    check_with_slurm(plan("launch.nodes=3"))
-    with pytest.raises(LaunchError) as caught:
-        check_with_slurm(plan(*overrides))
-    assert says in str(caught.value)
-
-
-def test_chains_and_arrays_are_checked(place: Path) -> None:
-    def jobs(*sections: dict[str, Any]) -> None:
-        make_plan(SlurmConfig.model_validate({"folder": "f", "jobs": list(sections)}), ())
-
-    train = ["dist-decoder", "train", "train.yaml", "seed={seed}"]
-    for section, says in (
-        ({"name": "a", "command": ["true"], "after": ["b"]}, "not an earlier job"),
-        ({"name": "a", "command": ["true"], "array": {"x": [1]}}, "array.x is not used"),
-        ({"name": "a", "command": ["echo", "{x}"], "array": {"x": []}}, "array.x has no values"),
-        ({"name": "a", "command": train, "array": {"seed": [1, 2]}}, "have the same run folder"),
-        ({"name": "a", "command": ["no-such-program"]}, "not an executable"),
-    ):
-        with pytest.raises((ValueError, DistDecoderError), match=says):
-            jobs(section)

@@ -169,6 +169,8 @@ class Cluster:
             self._ip(["link", "set", link, "master", where.bridge, "up"])
             inside = ["-n", space]
             self._ip([*inside, "addr", "add", f"{where.of(name)}/24", "dev", "eth0"])
+            six = f"{where.six_of(name)}/64"
+            self._ip([*inside, "-6", "addr", "add", six, "dev", "eth0", "nodad"])
             self._ip([*inside, "link", "set", "eth0", "up"])
             self._ip([*inside, "link", "set", "lo", "up"])
 

@@ -36,6 +36,10 @@ class Addresses:
     def of(self, name: str) -> str:
         return f"{self.network}.{10 + self.nodes.index(name)}"
 
+    def six_of(self, name: str) -> str:
+        """Return a node's address in IPv6, from the range for private networks."""
+        return f"fd{self.bridge[2:4]}:{self.bridge[4:8]}::{10 + self.nodes.index(name):x}"
+
     def link_of(self, name: str) -> str:
         return f"{self.bridge}{name}"
 
@@ -44,6 +48,7 @@ def hosts_text(addresses: Addresses, name: str) -> str:
     """Return /etc/hosts of a node: its own name must not be the loopback address."""
     lines = ["127.0.0.1 localhost", f"{addresses.head} {socket.gethostname()} head"]
     lines += [f"{addresses.of(node)} {node}" for node in addresses.nodes]
+    lines += [f"{addresses.six_of(node)} {node}-six" for node in addresses.nodes]
     return "\n".join(lines) + "\n"
 
 

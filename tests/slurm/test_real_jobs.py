@@ -7,8 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
-from cluster import wait_until
 from workplace import EVERY, STEPS, Workplace, assert_same_run, losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -69,41 +67,6 @@ def test_one_override_changes_the_number_of_nodes(place: Workplace, reference: P
     assert [value for _, value in mine] == pytest.approx([value for _, value in expected], rel=1e-4)
 
 
-def test_array_of_adaptations_and_one_chained_report(place: Workplace, reference: Path) -> None:
-    # A chain: 3 runs x 2 recipes x 2 seeds, then one job that sees all of them.
-    adapt = {
-        "run": "x", "base": str(reference), "subject": "beta/held", "sessions": 3,
-        "data": {"shards": "shards", "batch_size": 4}, "optim": {"steps": 3},
-        "lrs": [1e-2], "log": {"trackers": []}, "engine": {"device": "cpu"},
-    }  # fmt: skip
-    (place.folder / "adapt.yaml").write_text(yaml.safe_dump(adapt))
-    chain = {
-        "folder": "chain",
-        "launch": {"nodes": 1},
-        "jobs": [
-            {
-                "name": "adapt",
-                "command": ["dist-decoder", "adapt", "adapt.yaml", "lora.rank={rank}",
-                            "run=adapted/{sessions}-{rank}-{seed}", "seed={seed}",
-                            "sessions={sessions}"],
-                "array": {"sessions": [1, 2, 3], "rank": [1, 2], "seed": [0, 1]},
-            },
-            {
-                "name": "count", "after": ["adapt"],
-                "command": ["sh", "-c", "ls adapted/*/summary.json | wc -l > counted"],
-            },
-        ],
-    }  # fmt: skip
-    (place.folder / "chain.yaml").write_text(yaml.safe_dump(chain))
-    place.submit(config="chain.yaml")
-    wait_until(lambda: (place.folder / "counted").is_file(), "the last job", 240)
-    assert (place.folder / "counted").read_text().strip() == "12", place.output()
-    wait_until(
-        lambda: {task["state"] for task in place.status("chain")} == {"COMPLETED"}, "the states"
-    )
-    assert len(place.status("chain")) == 13
-
-
 def test_doctor_inside_a_job(place: Workplace) -> None:
     told = place.launch(
         "slurm", "--site", "site.yaml", "--json", "launch.nodes=2", "folder=doctor", "--",
@@ -128,6 +91,18 @@ def test_wrong_partition_and_too_many_nodes_are_refused_at_the_desk(place: Workp
         assert says in told
     assert place.cluster.run("squeue", "--noheader") == ""
     assert not (place.folder / "run" / "launch" / "launch.json").exists()
+
+
+def test_ranks_meet_at_a_name_that_has_only_ipv6(place: Workplace) -> None:
+    told = place.launch(
+        "slurm", "--site", "site.yaml", "--json", "launch.nodes=2", "folder=six",
+        "launch.master_host='{host}-six'", "--", "dist-decoder", "doctor", "--json",
+    )  # fmt: skip
+    place.wait_done(json.loads(told)["job_ids"]["doctor"])
+    (task,) = place.status("six")
+    assert task["state"] == "COMPLETED", place.output()
+    plan = place.folder / "six" / "jobs" / "doctor" / "task-000" / "attempt-001"
+    assert "all-reduce" in (plan / "rank-0.log").read_text()
 
 
 def test_a_hostile_path(place: Workplace) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,14 +39,15 @@ TRAIN: dict[str, Any] = {
 SITE: dict[str, Any] = {
     "launch": {
         "partition": "main", "local_paths": [], "signal_delay_s": 30, "timeout_min": 60,
-        "interface": "eth0", "grace_s": 5, "attempts_without_progress": 3,
+        "interface": "eth0", "grace_s": 5, "attempts_without_progress": 3, "lost_after_s": 10,
     }
 }  # fmt: skip
 
 
 def environment(extra: dict[str, str]) -> dict[str, str]:
     """Return the environment of a command line user."""
-    own = {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    path = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    own = {"PYTHONPATH": os.pathsep.join(path), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return os.environ | own | extra
 
 
@@ -136,6 +139,21 @@ class Workplace:
             "all jobs to end", 60,
         )  # fmt: skip
         self.cluster.wait_idle()
+
+
+def note_figures(record_property: Callable[[str, object], None], figures: str) -> None:
+    """Keep measured times with the test's result, and in the file that SLURM_FIGURES names."""
+    record_property("figures", figures)
+    if path := os.environ.get("SLURM_FIGURES"):
+        with Path(path).open("a") as file:
+            file.write(figures + "\n")
+
+
+def has_user_signal(pid: int) -> bool:
+    """Return whether SIGUSR1 waits for a process that stands still."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(mask >> (signal.SIGUSR1 - 1) & 1 for mask in pending)
 
 
 def final_parameters(run: Path, step: int = STEPS) -> dict[str, Any]:
