@@ -18,6 +18,7 @@ from dist_decoder.config.train import OptimConfig
 from dist_decoder.cuts import chunk_of
 from dist_decoder.dist import World, gather_rows, sum_over_ranks
 from dist_decoder.nn.decoder import Decoder
+from dist_decoder.train.fragments import exchange_values
 from dist_decoder.train.optimizer import AveragingAdamW, make_optimizer, set_schedule
 from dist_decoder.train.slices import Read, Slice
 
@@ -158,6 +159,13 @@ class ShardedEnds:
                 if target.numel():
                     found = read(name, kind, self._start(name), target.numel())
                     target.copy_(found.view(target.shape))
+        self._publish()
+
+    @torch.no_grad()
+    def exchange_averages(self) -> None:
+        """Let masters and running averages change places, and compute with the new masters."""
+        for name in self.parameters:
+            exchange_values(self._value(name, "master"), self._value(name, "ema"))
         self._publish()
 
     @property

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import secrets
 import signal
+import time
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -31,10 +31,10 @@ from dist_decoder.train.canonical import State
 from dist_decoder.train.checkpoint import (
     CheckpointDocument,
     Progress,
-    load_weights,
     target_tensors,
 )
 from dist_decoder.train.engine import Engine
+from dist_decoder.train.evaluating import evaluating
 from dist_decoder.train.guard import FiniteGuard
 from dist_decoder.train.job import Job
 from dist_decoder.train.logs import Logs
@@ -113,8 +113,7 @@ class _Run:
         self.step = resumed.document.step if resumed is not None else 0
         known = resumed.document.progress.trackers if resumed is not None else {}
         self.tracker_ids = run_on_first(lambda: tracker_ids(job.folder, job.log, known), world)
-        # Validation predicts with a copy: at ZeRO stage 3 the trained one is in pieces.
-        self.replica = copy.deepcopy(job.decoder) if world.is_first else None
+        self.begun, self.validating_s = time.perf_counter(), 0.0
         self.frozen = {
             name: p.detach().clone()
             for name, p in job.decoder.named_parameters()
@@ -331,15 +330,18 @@ class _Run:
 
     def _validate(self, logs: Logs) -> dict[str, float]:
         self.watchdog.enter(self.step, "validate")
-        kind = "ema" if self.job.optim.ema_decay > 0 else "master"
-        weights = {name: self.engine.read(name)[kind] for name in self.engine.names}
-        scores: dict[str, float] = {}
-        if self.replica is not None:
-            load_weights(self.replica, weights, self.job.folder, only=set(weights))
-            scores = self.job.validation(self.replica.eval())
+        begun = time.perf_counter()
+        with evaluating(self.engine):
+            scores = self.job.validation(self.engine)
         scores = broadcast_object(scores, self.world)
+        now = time.perf_counter()
+        self.validating_s += now - begun
         if scores:
-            logs.write(self.step, scores)
+            cost = {
+                "validation_s": now - begun,
+                "validation_share": self.validating_s / (now - self.begun),
+            }
+            logs.write(self.step, scores | cost)
         elif self.job.optim.patience:
             raise ConfigError(
                 "optim.patience needs validation images, and these shards have none: set "
@@ -363,9 +365,7 @@ class _Run:
         self.saver.saved_step = self.step
 
     def _announce(self, logs: Logs) -> None:
-        if self.replica is None:
-            return
-        trained = sum(p.numel() for p in self.replica.parameters() if p.requires_grad)
+        trained = sum(math.prod(shape) for shape in self.engine.shapes().values())
         stage, size = self.job.engine.zero_stage, self.world.size
         logs.say(
             f"{trained:,} trainable parameters, {size} rank{'s' if size > 1 else ''}, ZeRO stage "
