@@ -27,7 +27,7 @@ from dist_decoder.errors import ConfigError, StoppedError, TrainingError
 from dist_decoder.losses.objective import Losses, Term, active_terms
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import atomic_write_json
-from dist_decoder.train.canonical import State
+from dist_decoder.train.canonical import whole_slices
 from dist_decoder.train.checkpoint import (
     CheckpointDocument,
     Progress,
@@ -35,6 +35,7 @@ from dist_decoder.train.checkpoint import (
 )
 from dist_decoder.train.engine import Engine
 from dist_decoder.train.evaluating import evaluating
+from dist_decoder.train.frozen import frozen_slices
 from dist_decoder.train.guard import FiniteGuard
 from dist_decoder.train.job import Job
 from dist_decoder.train.logs import Logs
@@ -47,6 +48,7 @@ from dist_decoder.train.peak_flops import peak_flops
 from dist_decoder.train.profiling import StepProfiler
 from dist_decoder.train.saving import Resumed, Saver, check_shapes
 from dist_decoder.train.signals import StopFlag, catch_stop_signals
+from dist_decoder.train.slices import Slice
 from dist_decoder.train.step import Plan, compute_losses
 from dist_decoder.train.trackers import tracker_ids
 from dist_decoder.train.watchdog import Watchdog
@@ -114,12 +116,9 @@ class _Run:
         known = resumed.document.progress.trackers if resumed is not None else {}
         self.tracker_ids = run_on_first(lambda: tracker_ids(job.folder, job.log, known), world)
         self.begun, self.validating_s = time.perf_counter(), 0.0
-        self.frozen = {
-            name: p.detach().clone()
-            for name, p in job.decoder.named_parameters()
-            if not p.requires_grad
-        }
         job.decoder.to(world.device).train()
+        narrow = job.engine.precision != "fp32"
+        self.frozen = frozen_slices(job.decoder, world, narrow) if job.save_frozen else []
         if job.decoder.middle.prior is not None:
             job.decoder.middle.prior.net.recompute = job.engine.checkpoint_prior
         self.engine = Engine(job.decoder, job.engine, job.optim, world)
@@ -286,12 +285,12 @@ class _Run:
         self.watchdog.enter(self.step, "save")
         if self.logs is not None:
             self.logs.sync()
-        self.saver.save(self.engine.slices(), self._whole(), self._document(), wait)
+        self.saver.save(self.engine.slices(), self._rest(), self._document(), wait)
 
     def _keep_start(self, logs: Logs) -> None:
         folder = self.job.folder / "start"
         self.saver.write_aside(
-            folder / "checkpoints", self.engine.slices(), self._whole(), self._document()
+            folder / "checkpoints", self.engine.slices(), self._rest(), self._document()
         )
         scores = self._validate(logs)
         if self.world.is_first:
@@ -306,15 +305,11 @@ class _Run:
         )
         return self.job.document.model_copy(update={"step": self.step, "progress": progress})
 
-    def _whole(self) -> State:
-        """Return the tensors besides the trained ones that this rank saves."""
+    def _rest(self) -> list[Slice]:
+        """Return what this rank saves besides the trained tensors; none of it ever changes."""
         memories = {} if self.job.classes is None else self.job.classes.state(self.world)
-        if not self.world.is_first:
-            return memories
-        whole = target_tensors(self.job.targets) | memories
-        if self.job.save_frozen:
-            whole |= {name: {"frozen": value} for name, value in self.frozen.items()}
-        return whole
+        targets = target_tensors(self.job.targets) if self.world.is_first else {}
+        return [*whole_slices(targets | memories), *self.frozen]
 
     def _say(self, text: str) -> None:
         if self.logs is not None:
