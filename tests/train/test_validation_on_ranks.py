@@ -58,7 +58,7 @@ def run_and_check(
         "checkpoint": {"every_steps": EVERY, "keep_last": 9},
     }
     options["runs"] = {"with": EVERY, "without": 0}
-    run_ranks(world_size, "validate_worker.py", str(folder), json.dumps(options))
+    run_ranks(world_size, "validate_worker.py", str(folder), json.dumps(options), timeout_s=400)
     kinds = ("master", "ema") if ema else ("master",)
     places = {name: checkpoints_of(folder / name / "checkpoints") for name in ("with", "without")}
     assert len(places["with"]) == len(places["without"]) == STEPS // EVERY
