@@ -78,11 +78,11 @@ def main() -> None:
         for step in range(1, repeats + 1):
             document = DOCUMENT.model_copy(update={"step": step})
             begun = time.perf_counter()
-            savers["sync"].save(slices, {}, document, wait=True)
+            savers["sync"].save(slices, [], document, wait=True)
             found["sync"].append(time.perf_counter() - begun)
             alone = train_for(1.0)
             begun = time.perf_counter()
-            savers["async"].save(slices, {}, document, wait=False)
+            savers["async"].save(slices, [], document, wait=False)
             found["stall"].append(time.perf_counter() - begun)
             found["steps"].append(train_for(1.0) / alone)
             savers["async"].finish(must=True)

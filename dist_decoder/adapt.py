@@ -31,6 +31,7 @@ from dist_decoder.nn.lora import add_lora
 from dist_decoder.stats.classes import ClassStatistics, read_statistics
 from dist_decoder.storage import exclusive, open_location
 from dist_decoder.train.checkpoint import (
+    RIDGES,
     BaseInfo,
     CheckpointDocument,
     CheckpointMeta,
@@ -232,8 +233,9 @@ def _start_model(
     folder: Path,
     world: World,
 ) -> Decoder:
-    decoder = make_decoder(document)
-    if config.start == "base":
+    from_base = config.start == "base"
+    decoder = make_decoder(document, world=world, drawn=(RIDGES,) if from_base else ("",))
+    if from_base:
         load_base(decoder, base.folder)
         add_lora(decoder, config.adapters, config.seed)
     if not run_on_first(lambda: bool(checkpoints_of(folder / "checkpoints")), world):

@@ -7,7 +7,7 @@ D token width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from dist_decoder.cuts import chunk_of
 from dist_decoder.data.members import POOLED, TOKENS, Members, TargetName
 from dist_decoder.data.sources import (
     EVALUATION_SPLITS,
@@ -126,6 +127,7 @@ def read_rows(
     kind: Kind = "measured",
     tokens: bool = True,
     standardise_by: TargetStatistics | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, SubjectRows]:
     """Return all rows of a split by dataset/subject, sorted by shard, sample and row.
 
@@ -140,14 +142,17 @@ def read_rows(
         kind: measured or synthetic rows.
         tokens: read the tokens too.
         standardise_by: statistics of a base model, instead of those of the shards.
+        part: (k, n): the rows of the k-th of n parts of each subject's images, which may be none.
+            One after another the parts are the whole.
 
     Raises:
         ConfigError: an unknown or held-out subject, or an unknown dataset.
         DataError: shards are missing or damaged, or a named subject has no rows.
     """
     found = iterate_rows(
-        shards, split, subjects, max_sessions, datasets, allow_holdout, kind, tokens, standardise_by
-    )
+        shards, split, subjects, max_sessions, datasets, allow_holdout, kind, tokens,
+        standardise_by, part,
+    )  # fmt: skip
     return {rows.subject: rows for rows in found}
 
 
@@ -161,6 +166,7 @@ def iterate_rows(
     kind: Kind = "measured",
     tokens: bool = True,
     standardise_by: TargetStatistics | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[SubjectRows]:
     """Yield what ``read_rows`` returns, one subject in memory at a time."""
     storage = open_location(shards)
@@ -177,7 +183,22 @@ def iterate_rows(
         members = Members(
             selection.shards, [source], manifest, statistics, targets, TarReader(storage)
         )
-        yield _subject_rows(source, members, statistics)
+        yield _subject_rows(_part_of(source, part), members, statistics)
+
+
+def _part_of(source: Source, part: tuple[int, int]) -> Source:
+    if part == (0, 1):
+        return source
+    pairs_N2 = np.stack([source.shard_N, source.sample_N], axis=1)
+    pairs_M2, image_N = np.unique(pairs_N2, axis=0, return_inverse=True)
+    held = chunk_of(len(pairs_M2), *part)
+    own_N = np.isin(image_N.reshape(-1), held)
+    return replace(
+        source,
+        shard_N=source.shard_N[own_N],
+        sample_N=source.sample_N[own_N],
+        row_N=source.row_N[own_N],
+    )
 
 
 def _subject_rows(source: Source, members: Members, statistics: TargetStatistics) -> SubjectRows:
@@ -221,12 +242,17 @@ def _subject_rows(source: Source, members: Members, statistics: TargetStatistics
         image_N=image_N,
         uids_M=tuple(shard.index.samples[sample].image_uid for shard, sample in at),
         categories_M=tuple(categories_M),
-        pooled_ME=np.stack(targets[POOLED]).astype(np.float32),
-        tokens_MTD=np.stack(targets[TOKENS]) if TOKENS in targets else None,
+        pooled_ME=_stacked(targets[POOLED], members.shapes[POOLED]).astype(np.float32),
+        tokens_MTD=_stacked(targets[TOKENS], members.shapes[TOKENS]) if TOKENS in targets else None,
         infos_N=tuple(infos_M[image][row] for image, row in rows_N),
         keys=tuple(f"{names_M[image]}:{row}" for image, row in rows_N),
         targets=statistics,
     )
+
+
+def _stacked(values: list[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
+    # A part of the images may be empty.
+    return np.stack(values) if values else np.empty((0, *shape), np.float32)
 
 
 def _sample_info(data: memoryview, shard: Shard, sample: int, source: Source) -> SampleInfo:

@@ -107,7 +107,7 @@ def _write_deepspeed(
             f"{reader.place} is an adapter, whose frozen part is in its base: use `dist-decoder "
             "export`, which merges it"
         )
-    decoder = make_decoder(document)
+    decoder = make_decoder(document, drawn=())
     trained = set(reader.names("master"))
     parameters = dict(decoder.named_parameters())
     for name, parameter in parameters.items():

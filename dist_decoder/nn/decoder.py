@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dist_decoder.config.loss import LossConfig
 from dist_decoder.config.model import ModelConfig
 from dist_decoder.cuts import Cuts, whole
+from dist_decoder.dist import World
 from dist_decoder.errors import ConfigError, DataError
 from dist_decoder.nn.backbone import Backbone, make_backbone
 from dist_decoder.nn.diffusion import DiffusionPrior, sample_times
@@ -26,6 +27,7 @@ from dist_decoder.nn.keyed import SampleKeys, keyed_dropout
 from dist_decoder.nn.low_level import LowLevelBranch
 from dist_decoder.nn.low_rank import LowRankTokenHead, SkipLora
 from dist_decoder.nn.neurofusion import NeuroFusionHead
+from dist_decoder.nn.parts import Parts
 from dist_decoder.nn.ridge import SubjectRidges
 from dist_decoder.nn.temperature import LearnedTemperature
 
@@ -150,6 +152,16 @@ def _never_empty(x: Tensor) -> Tensor:
     return torch.cat([x, numbers.view(1, *x.shape[1:])])
 
 
+def _pooled_head(
+    config: ModelConfig, pooled_dim: int | None
+) -> PooledHead | NeuroFusionHead | None:
+    if pooled_dim is None:
+        return None
+    if config.backbone.mixer == "neurofusion":
+        return NeuroFusionHead(config.latent_dim, pooled_dim)
+    return PooledHead(config.latent_dim, pooled_dim, config.pooled_hidden)
+
+
 class Decoder(nn.Module):
     """Voxels of any known subject to pooled embedding and tokens."""
 
@@ -160,8 +172,12 @@ class Decoder(nn.Module):
         pooled_dim: int | None,
         token_shape: tuple[int, int] | None,
         seed: int = 0,
+        world: World | None = None,
+        drawn: tuple[str, ...] = ("",),
     ) -> None:
         """Make the decoder with its start values.
+
+        On the meta device it has no values. Elsewhere its parameters are made on the CPU.
 
         Args:
             config: sizes and switches.
@@ -169,6 +185,9 @@ class Decoder(nn.Module):
             pooled_dim: E of the encoder, None if it has none.
             token_shape: (T, D) of the encoder, None if it has none.
             seed: of the start values, which depend on it and on the parameters' names alone.
+            world: of several ranks each makes its rows of the ends only; None makes all.
+            drawn: beginnings of the names of the parameters that get start values; the others are
+                zero, and to be loaded.
 
         Raises:
             ConfigError: an output is switched on that the encoder has no targets for, or a size
@@ -188,24 +207,27 @@ class Decoder(nn.Module):
         self.pooled_dim = pooled_dim if config.pooled else None
         self.token_shape = token_shape if config.tokens else None
         width, shape = config.latent_dim, self.token_shape
-        pooled: PooledHead | NeuroFusionHead | None = None
-        if self.pooled_dim and config.backbone.mixer == "neurofusion":
-            pooled = NeuroFusionHead(width, self.pooled_dim)
-        elif self.pooled_dim:
-            pooled = PooledHead(width, self.pooled_dim, config.pooled_hidden)
         has_prior = shape is not None and config.prior.enabled
-        self.ends = Ends(
-            SubjectRidges(subjects, width), TokenHead(width, *shape) if shape else None
-        )
-        self.middle = Middle(
-            make_backbone(width, config.backbone),
-            pooled,
-            RetrievalProjector(shape[1]) if shape else None,
-            DiffusionPrior(config.prior, *shape) if shape and has_prior else None,
-            LowLevelBranch(width) if config.low_level else None,
-            LearnedTemperature(config.learned_temperature) if config.learned_temperature else None,
-        )
-        initialise(self, seed)
+        rank, size = (0, 1) if world is None else (world.rank, world.size)
+        self.parts = Parts(width, shape[0] if shape else 0, rank, size)
+        """Rows of the ends that this decoder holds."""
+        is_empty = torch.get_default_device().type == "meta"
+        with torch.device("meta"):
+            self.ends = Ends(
+                SubjectRidges(subjects, width), TokenHead(width, *shape) if shape else None
+            )
+            self.middle = Middle(
+                make_backbone(width, config.backbone),
+                _pooled_head(config, self.pooled_dim),
+                RetrievalProjector(shape[1]) if shape else None,
+                DiffusionPrior(config.prior, *shape) if shape and has_prior else None,
+                LowLevelBranch(width) if config.low_level else None,
+                LearnedTemperature(config.learned_temperature)
+                if config.learned_temperature
+                else None,
+            )
+        if not is_empty:
+            initialise(self, seed, self.parts.rows, drawn)
 
     @property
     def ridge(self) -> SubjectRidges:

@@ -21,11 +21,10 @@ class TokenHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_tokens, token_dim, latent_dim))
         self.bias = nn.Parameter(torch.empty(num_tokens, token_dim))
 
-    def initialise_parameter(self, name: str, generator: torch.Generator) -> Tensor:
-        """Return the start of ``weight`` or ``bias``: uniform within 1 / sqrt(L), as nn.Linear."""
-        parameter = getattr(self, name)
-        bound = self.weight.shape[-1] ** -0.5
-        return (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+    @property
+    def start_bound(self) -> float:
+        """1 / sqrt(L), as nn.Linear."""
+        return float(self.weight.shape[-1] ** -0.5)
 
     def forward(self, latents_BL: Tensor) -> Tensor:
         num_tokens, token_dim, latent_dim = self.weight.shape

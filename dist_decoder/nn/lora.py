@@ -111,7 +111,7 @@ def add_skips(decoder: Decoder, config: LoraConfig) -> None:
     Raises:
         ConfigError: the place does not exist in this model.
     """
-    subjects, width = decoder.ridge.num_voxels, decoder.ridge.latent_dim
+    subjects, width = decoder.ridge.num_voxels, len(decoder.parts.latents)
     if "align" in config.skip:
         decoder.ends.skip = SkipLora(subjects, width, config.rank, config.alpha)
     if "blocks" in config.skip:

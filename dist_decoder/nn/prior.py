@@ -34,7 +34,7 @@ class GainNorm(nn.Module):
         self.stable = stable
 
     def initialise_parameter(self, name: str, generator: torch.Generator) -> Tensor:
-        return torch.ones_like(self.g)
+        return torch.ones(self.g.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stable:

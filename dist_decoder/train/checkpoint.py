@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +16,7 @@ from dist_decoder.config.adapt import LoraConfig
 from dist_decoder.config.base import Section
 from dist_decoder.config.model import ModelConfig
 from dist_decoder.data.targets import TargetStatistics
+from dist_decoder.dist import World
 from dist_decoder.errors import CheckpointError
 from dist_decoder.formats import EncoderEntry
 from dist_decoder.nn.decoder import Decoder
@@ -31,6 +34,8 @@ from dist_decoder.train.places import (
 )
 
 Kind = Literal["joint", "adapted", "scratch"]
+RIDGES = "ends.ridge."
+"""Beginning of the names of the subject layers."""
 _TARGET_PARAMETER = "targets"
 _LEVELS_TO_RUN = 5
 
@@ -180,86 +185,140 @@ def load_for_inference(
     document = read_checked(folder)
     reader = StateReader(folder)
     meta = _meta(folder, document, reader.state(("target",)))
-    weights = inference_weights(reader, document.ema)
-    if document.base is None:
-        decoder = make_decoder(document)
-        load_weights(decoder, weights, folder)
-    else:
-        decoder = make_decoder(document)
+    decoder = make_decoder(document, drawn=())
+    own = set(dict(decoder.named_parameters()))
+    if document.base is not None:
         load_base(decoder, resolve_base(folder, document.base))
         if document.lora is not None:
             add_lora(decoder, document.lora, document.seed)
         own = {name for name, p in decoder.named_parameters() if p.requires_grad}
-        load_weights(decoder, weights, folder, only=own)
+    read_weights(decoder, reader, document.ema, own)
+    if document.base is not None:
         merge_lora(decoder)
     decoder.requires_grad_(False)
     return decoder.eval().to(device), meta
 
 
-def make_decoder(document: CheckpointDocument, subjects: dict[str, int] | None = None) -> Decoder:
+def make_decoder(
+    document: CheckpointDocument,
+    subjects: dict[str, int] | None = None,
+    world: World | None = None,
+    drawn: tuple[str, ...] = ("",),
+) -> Decoder:
     """Return a decoder of a checkpoint's sizes, with start values.
 
     Args:
         document: of the checkpoint.
         subjects: name -> number of voxels; None takes the checkpoint's own.
+        world: of several ranks each makes its part of the ends; None makes all.
+        drawn: beginnings of the names of the parameters that get start values; see ``Decoder``.
     """
     if subjects is None:
         subjects = {name: info.num_voxels for name, info in document.subjects.items()}
     encoder = document.encoder
-    return Decoder(document.model, subjects, encoder.pooled_dim, encoder.token_shape, document.seed)
-
-
-def inference_weights(reader: StateReader, ema: bool) -> dict[str, Tensor]:
-    """Return the weights to predict with, by parameter name; nothing else is read."""
-    weights = {}
-    for name, kinds in reader.index.kinds.items():
-        if "frozen" in kinds:
-            weights[name] = reader.whole(name, "frozen")
-        elif "master" in kinds:
-            weights[name] = reader.whole(name, "ema" if ema and "ema" in kinds else "master")
-    return weights
+    return Decoder(
+        document.model,
+        subjects,
+        encoder.pooled_dim,
+        encoder.token_shape,
+        document.seed,
+        world,
+        drawn,
+    )
 
 
 @torch.no_grad()
-def load_weights(
-    decoder: Decoder, weights: dict[str, Tensor], folder: Place, only: set[str] | None = None
+def read_weights(
+    decoder: Decoder, reader: StateReader, ema: bool, names: set[str], unused: tuple[str, ...] = ()
 ) -> None:
-    """Copy weights into the decoder.
+    """Read weights to predict with into the decoder, one parameter at a time, of each its part.
+
+    Args:
+        decoder: changed in place.
+        reader: of the checkpoint.
+        ema: take the running average where there is one.
+        names: of the parameters to fill.
+        unused: beginnings of the names in the checkpoint that have no place here.
+
+    Raises:
+        CheckpointError: a name is missing, unknown, or of another shape; or see ``StateReader``.
+    """
+    parameters = dict(decoder.named_parameters())
+    kinds = {
+        name: kind
+        for name, all_kinds in reader.index.kinds.items()
+        if (kind := _kind_to_predict_with(all_kinds, ema)) and not name.startswith(unused)
+    }
+    wanted = {
+        name: decoder.parts.whole_shape(name, tuple(parameters[name].shape)) for name in names
+    }
+    shapes = {name: reader.shape(name) for name in kinds}
+    check_weights(wanted, shapes, set(parameters), reader.place)
+    for name in names:
+        parameter, rows = parameters[name], decoder.parts.rows(name)
+        per_row = math.prod(parameter.shape[1:])
+        start = 0 if rows is None else rows.start * per_row
+        if parameter.numel():
+            values = reader.read(name, kinds[name], start, parameter.numel())
+            parameter.copy_(values.view(parameter.shape))
+
+
+def _kind_to_predict_with(kinds: tuple[str, ...], ema: bool) -> str | None:
+    if "frozen" in kinds:
+        return "frozen"
+    if "master" in kinds:
+        return "ema" if ema and "ema" in kinds else "master"
+    return None
+
+
+@torch.no_grad()
+def load_weights(decoder: Decoder, weights: Mapping[str, Tensor], folder: Place) -> None:
+    """Copy weights into a whole decoder.
 
     Args:
         decoder: changed in place.
         weights: by parameter name.
         folder: where they come from, for messages.
-        only: names that must be loaded; None is all parameters.
 
     Raises:
         CheckpointError: a name is missing, unknown, or of another shape.
     """
     parameters = dict(decoder.named_parameters())
-    wanted = set(parameters) if only is None else only
-    missing, extra = sorted(wanted - set(weights)), sorted(set(weights) - set(parameters))
+    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    check_weights(shapes, given, set(parameters), folder)
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+
+
+def check_weights(
+    wanted: Mapping[str, tuple[int, ...]],
+    given: Mapping[str, tuple[int, ...]],
+    known: set[str],
+    folder: Place,
+) -> None:
+    """Raise unless ``given`` has every wanted parameter in its shape, and none that is not known.
+
+    Raises:
+        CheckpointError: so it is.
+    """
+    missing, extra = sorted(wanted.keys() - given), sorted(given.keys() - known)
     if missing or extra:
         raise CheckpointError(
             f"{folder} does not fit this model: missing {missing[:5]}, unknown {extra[:5]}"
         )
-    for name in wanted:
-        if parameters[name].shape != weights[name].shape:
+    for name, shape in wanted.items():
+        if given[name] != shape:
             raise CheckpointError(
-                f"{folder}: {name} has shape {tuple(weights[name].shape)}, this model needs "
-                f"{tuple(parameters[name].shape)}"
+                f"{folder}: {name} has shape {given[name]}, this model needs {shape}"
             )
-        parameters[name].copy_(weights[name])
 
 
 def load_base(decoder: Decoder, folder: Place) -> None:
-    """Copy everything but the subject layers from a base checkpoint into the decoder."""
+    """Read everything but the subject layers from a base checkpoint into the decoder."""
     document = read_checked(folder)
-    weights = inference_weights(StateReader(folder), document.ema)
-    shared = {
-        name: tensor for name, tensor in weights.items() if not name.startswith("ends.ridge.")
-    }
-    own = {name for name, _ in decoder.named_parameters() if not name.startswith("ends.ridge.")}
-    load_weights(decoder, shared, folder, only=own)
+    own = {name for name, _ in decoder.named_parameters() if not name.startswith(RIDGES)}
+    read_weights(decoder, StateReader(folder), document.ema, own, unused=(RIDGES,))
 
 
 def resolve_base(folder: Place, base: BaseInfo) -> Place:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,38 +19,39 @@ from dist_decoder.config.optim import OptimConfig
 from dist_decoder.cuts import chunk_of
 from dist_decoder.dist import World, gather_rows, sum_over_ranks
 from dist_decoder.nn.decoder import Decoder
+from dist_decoder.nn.parts import PREFIX, is_cut
+from dist_decoder.train.fragments import exchange_values
 from dist_decoder.train.optimizer import AveragingAdamW, make_optimizer, set_schedule
 from dist_decoder.train.slices import Read, Slice
 
-PREFIX = "ends."
-
-
-def is_cut(name: str) -> bool:
-    """Return whether a parameter of the ends is cut; the narrow factor of an adapter is whole."""
-    return ".lora_A." not in name
+__all__ = ["PREFIX", "ShardedEnds", "clip_factor", "cut_ends", "is_cut"]
 
 
 def cut_ends(decoder: Decoder, world: World, dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
     """Keep this rank's part of every parameter of the ends, in ``dtype``.
 
     Args:
-        decoder: changed in place.
+        decoder: changed in place. It may hold its part already.
         world: this rank.
         dtype: of the weights that are computed with.
 
     Returns:
         Parameter name -> its whole shape.
     """
-    shapes = {}
+    parts, shapes = decoder.parts, {}
+    if parts.size == 1:
+        parts = replace(parts, rank=world.rank, size=world.size)
+    elif (parts.rank, parts.size) != (world.rank, world.size):
+        raise ValueError(f"a decoder made for rank {parts.rank} of {parts.size} on {world}")
     for name, parameter in decoder.named_parameters():
         if not name.startswith(PREFIX):
             continue
-        shapes[name] = tuple(parameter.shape)
-        value = parameter.data
-        if world.size > 1 and is_cut(name):
-            held = chunk_of(len(value), world.rank, world.size)
-            value = value[held.start : held.stop].clone()
+        value, rows = parameter.data, parts.rows(name)
+        if decoder.parts.size == 1 and rows is not None:
+            value = value[rows.start : rows.stop].clone()
+        shapes[name] = parts.whole_shape(name, tuple(value.shape))
         parameter.data = value.to(dtype)
+    decoder.parts = parts
     return shapes
 
 
@@ -62,12 +64,13 @@ class ShardedEnds:
         """Cut the ends of ``decoder``, whose weights must have their start values, in float32."""
         self.world = world
         self.optim = optim
+        self.shapes = cut_ends(decoder, world, torch.float32)
         exact = {
-            name: self._part(name, p.detach()).clone()
+            name: p.detach().clone()
             for name, p in decoder.named_parameters()
             if name.startswith(PREFIX) and p.requires_grad and dtype != torch.float32
         }
-        self.shapes = cut_ends(decoder, world, dtype)
+        decoder.ends.to(dtype)
         self.parameters: dict[str, nn.Parameter] = {
             name: p
             for name, p in decoder.named_parameters()
@@ -173,6 +176,13 @@ class ShardedEnds:
                     target.copy_(found.view(target.shape))
         self._publish()
 
+    @torch.no_grad()
+    def exchange_averages(self) -> None:
+        """Let masters and running averages change places, and compute with the new masters."""
+        for name in self.parameters:
+            exchange_values(self._value(name, "master"), self._value(name, "ema"))
+        self._publish()
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of tensors that are kept per parameter."""
@@ -186,12 +196,6 @@ class ShardedEnds:
         assert self.optimizer is not None
         value: Tensor = self.optimizer.state[master][kind]
         return value
-
-    def _part(self, name: str, value: Tensor) -> Tensor:
-        if self.world.size == 1 or not is_cut(name):
-            return value
-        held = chunk_of(len(value), self.world.rank, self.world.size)
-        return value[held.start : held.stop]
 
     def _start(self, name: str) -> int:
         if self.world.size == 1 or not is_cut(name):

@@ -225,6 +225,15 @@ class Engine:
             found[kind] = value.detach().float().reshape(shape).cpu().clone()
         return found
 
+    def exchange_averages(self) -> None:
+        """Let masters and running averages change places, and compute with the new masters.
+
+        A collective call. Twice is nothing, bit by bit.
+        """
+        self.ends.exchange_averages()
+        if self.deepspeed is not None:
+            self._state.exchange("ema")
+
     def slices(self) -> Iterator[Slice]:
         """Yield what this rank saves; over all ranks every element once. Nothing is gathered."""
         yield from self.ends.slices()

@@ -99,6 +99,13 @@ class DeepSpeedState:
         self.refresh_weights()
 
     @torch.no_grad()
+    def exchange(self, kind: str) -> None:
+        """Let the masters and another kind change places. A collective call."""
+        for fragment in self.fragments():
+            exchange_values(fragment.values["master"], fragment.values[kind])
+        self.refresh_weights()
+
+    @torch.no_grad()
     def refresh_weights(self) -> None:
         """Give the weights that compute the values of their masters. A collective call."""
         outer = self._engine.optimizer
@@ -211,3 +218,10 @@ class DeepSpeedState:
             }
             shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
             yield Fragment(name, start, shape, values, True)
+
+
+def exchange_values(one: Tensor, other: Tensor) -> None:
+    """Let two tensors change their values."""
+    kept = one.clone()
+    one.copy_(other)
+    other.copy_(kept)

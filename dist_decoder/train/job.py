@@ -18,6 +18,7 @@ from dist_decoder.data.targets import TargetStatistics
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.train.checkpoint import CheckpointDocument
 from dist_decoder.train.class_terms import ClassTerms
+from dist_decoder.train.validate import Forward
 
 
 class BatchSource(Protocol):
@@ -30,7 +31,8 @@ class BatchSource(Protocol):
 
 Batches = Callable[[int, tuple[TargetName, ...]], BatchSource]
 """(start step, targets that the losses need) -> batches of this rank from that step on."""
-Validation = Callable[[Decoder], dict[str, float]]
+Validation = Callable[[Forward], dict[str, float]]
+"""The model as it trains -> scores; a collective call."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ def _job(config: TrainConfig, world: World, expectation: Expectation | None) -> 
     )
     voxels = {name: manifest.subjects[name].num_voxels for name in subjects}
     encoder = manifest.encoder
-    decoder = Decoder(config.model, voxels, encoder.pooled_dim, encoder.token_shape, config.seed)
+    decoder = Decoder(
+        config.model, voxels, encoder.pooled_dim, encoder.token_shape, config.seed, world
+    )
     if not run_on_first(lambda: bool(checkpoints_of(config.run / "checkpoints")), world):
         start_ridges(
             decoder,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import secrets
 import signal
+import time
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -25,13 +26,14 @@ from dist_decoder.errors import ConfigError, StoppedError, TrainingError
 from dist_decoder.losses.objective import Losses, Term, active_terms
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.storage import atomic_write_json
-from dist_decoder.train.canonical import State
+from dist_decoder.train.canonical import whole_slices
 from dist_decoder.train.checkpoint import (
     CheckpointDocument,
-    load_weights,
     target_tensors,
 )
 from dist_decoder.train.engine import Engine
+from dist_decoder.train.evaluating import evaluating
+from dist_decoder.train.frozen import frozen_slices
 from dist_decoder.train.job import Job
 from dist_decoder.train.logs import Logs
 from dist_decoder.train.lost_peer import lost_peer_explained
@@ -43,6 +45,7 @@ from dist_decoder.train.peak_flops import peak_flops
 from dist_decoder.train.profiling import StepProfiler
 from dist_decoder.train.saving import Resumed, Saver, check_shapes
 from dist_decoder.train.signals import StopFlag, catch_stop_signals
+from dist_decoder.train.slices import Slice
 from dist_decoder.train.step import Plan
 from dist_decoder.train.trackers import tracker_ids
 from dist_decoder.train.update import Update, Updater
@@ -109,14 +112,10 @@ class _Run:
         self.step = resumed.document.step if resumed is not None else 0
         known = resumed.document.progress.trackers if resumed is not None else {}
         self.tracker_ids = run_on_first(lambda: tracker_ids(job.folder, job.log, known), world)
-        # Validation predicts with a copy: at ZeRO stage 3 the trained one is in pieces.
-        self.replica = copy.deepcopy(job.decoder) if world.is_first else None
-        self.frozen = {
-            name: p.detach().clone()
-            for name, p in job.decoder.named_parameters()
-            if not p.requires_grad
-        }
+        self.begun, self.validating_s = time.perf_counter(), 0.0
         job.decoder.to(world.device).train()
+        narrow = job.engine.precision != "fp32"
+        self.frozen = frozen_slices(job.decoder, world, narrow) if job.save_frozen else []
         if job.decoder.middle.prior is not None:
             job.decoder.middle.prior.net.recompute = job.engine.checkpoint_prior
         self.engine = Engine(job.decoder, job.engine, job.optim, world)
@@ -262,12 +261,12 @@ class _Run:
         self.watchdog.enter(self.step, "save")
         if self.logs is not None:
             self.logs.sync()
-        self.saver.save(self.engine.slices(), self._whole(), self._document(), wait)
+        self.saver.save(self.engine.slices(), self._rest(), self._document(), wait)
 
     def _keep_start(self, logs: Logs) -> None:
         folder = self.job.folder / "start"
         self.saver.write_aside(
-            folder / "checkpoints", self.engine.slices(), self._whole(), self._document()
+            folder / "checkpoints", self.engine.slices(), self._rest(), self._document()
         )
         scores = self._validate(logs)
         if self.world.is_first:
@@ -279,15 +278,11 @@ class _Run:
         )
         return self.job.document.model_copy(update={"step": self.step, "progress": progress})
 
-    def _whole(self) -> State:
-        """Return the tensors besides the trained ones that this rank saves."""
+    def _rest(self) -> list[Slice]:
+        """Return what this rank saves besides the trained tensors; none of it ever changes."""
         memories = {} if self.job.classes is None else self.job.classes.state(self.world)
-        if not self.world.is_first:
-            return memories
-        whole = target_tensors(self.job.targets) | memories
-        if self.job.save_frozen:
-            whole |= {name: {"frozen": value} for name, value in self.frozen.items()}
-        return whole
+        targets = target_tensors(self.job.targets) if self.world.is_first else {}
+        return [*whole_slices(targets | memories), *self.frozen]
 
     def _say(self, text: str) -> None:
         if self.logs is not None:
@@ -303,15 +298,18 @@ class _Run:
 
     def _validate(self, logs: Logs) -> dict[str, float]:
         self.watchdog.enter(self.step, "validate")
-        kind = "ema" if self.job.optim.ema_decay > 0 else "master"
-        weights = {name: self.engine.read(name)[kind] for name in self.engine.names}
-        scores: dict[str, float] = {}
-        if self.replica is not None:
-            load_weights(self.replica, weights, self.job.folder, only=set(weights))
-            scores = self.job.validation(self.replica.eval())
+        begun = time.perf_counter()
+        with evaluating(self.engine):
+            scores = self.job.validation(self.engine)
         scores = broadcast_object(scores, self.world)
+        now = time.perf_counter()
+        self.validating_s += now - begun
         if scores:
-            logs.write(self.step, scores)
+            cost = {
+                "validation_s": now - begun,
+                "validation_share": self.validating_s / (now - self.begun),
+            }
+            logs.write(self.step, scores | cost)
         elif self.job.optim.patience:
             raise ConfigError(
                 "optim.patience needs validation images, and these shards have none: set "
@@ -334,9 +332,7 @@ class _Run:
         self.saver.saved_step = self.step
 
     def _announce(self, logs: Logs) -> None:
-        if self.replica is None:
-            return
-        trained = sum(p.numel() for p in self.replica.parameters() if p.requires_grad)
+        trained = sum(math.prod(shape) for shape in self.engine.shapes().values())
         stage, size = self.job.engine.zero_stage, self.world.size
         logs.say(
             f"{trained:,} trainable parameters, {size} rank{'s' if size > 1 else ''}, ZeRO stage "

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from dist_decoder.config.sources import SourcesConfig
 from dist_decoder.data.rows import SubjectRows, read_rows
 from dist_decoder.data.targets import TargetStatistics
-from dist_decoder.dist import World
+from dist_decoder.dist import World, run_on_all
 from dist_decoder.errors import DataError
 from dist_decoder.formats import Manifest, SplitName
-from dist_decoder.nn.decoder import Decoder
-from dist_decoder.train.validate import validate
+from dist_decoder.train.validate import Forward, divide, validate
 
 
 def subject_rows(
@@ -64,39 +65,47 @@ def validation_of(
     world: World,
     distractors: bool = False,
     standardise_by: TargetStatistics | None = None,
-) -> Callable[[Decoder], dict[str, float]]:
-    """Return a function that validates a decoder on rank 0, with rows read now.
+) -> Callable[[Forward], dict[str, float]]:
+    """Return a function that validates a model on all ranks; both calls are collective.
+
+    Every rank reads its part of the images now, and keeps what ``validate.Share`` says.
 
     Args:
         data: shards and sessions.
         manifest: of the shards.
         subjects: whose rows; those without validation images are left out.
-        world: other ranks than the first read nothing.
+        world: this rank.
         distractors: put the training images of a subject into its pool too.
         standardise_by: statistics of a base model, instead of those of the shards.
+
+    Raises:
+        DataError: shards are missing or damaged; on every rank, if one of them finds it.
     """
-    names = subjects_with_rows(manifest, subjects, "validation")
+    shares = []
+    for name in subjects_with_rows(manifest, subjects, "validation"):
+        parts: dict[SplitName, SubjectRows] = {}
 
-    def read(split: SplitName) -> dict[str, SubjectRows]:
-        if not names or not world.is_first:
-            return {}
-        try:
-            return read_rows(
-                data.shards,
-                split,
-                subjects=names,
-                max_sessions=data.max_sessions,
-                allow_holdout=True,
-                standardise_by=standardise_by,
-            )
-        except DataError as error:
-            error.add_note(f"while reading the {split} rows for validation")
-            raise
+        def read(split: SplitName, name: str = name, into: Any = parts) -> None:
+            try:
+                into[split] = read_rows(
+                    data.shards,
+                    split,
+                    subjects=(name,),
+                    max_sessions=data.max_sessions,
+                    allow_holdout=True,
+                    standardise_by=standardise_by,
+                    part=(world.rank, world.size),
+                )[name]
+            except DataError as error:
+                error.add_note(f"while reading the {split} rows for validation")
+                raise
 
-    rows = read("validation")
-    others = read("train") if distractors else {}
+        run_on_all(partial(read, "validation"), world)
+        if distractors:
+            run_on_all(partial(read, "train"), world)
+        shares.append(divide(parts["validation"], parts.get("train"), world))
 
-    def run(decoder: Decoder) -> dict[str, float]:
-        return validate(decoder, rows, others)
+    def run(forward: Forward) -> dict[str, float]:
+        return validate(forward, shares, world)
 
     return run

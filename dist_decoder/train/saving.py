@@ -8,7 +8,7 @@ thread per rank (``writer.py``).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from dist_decoder.config.run import CheckpointConfig
 from dist_decoder.dist import World, any_rank, run_on_all, run_on_first
 from dist_decoder.errors import CheckpointError, DistDecoderError, SupersededError
 from dist_decoder.train import retention
-from dist_decoder.train.canonical import State, StateReader, publish, whole_slices, write_rank
+from dist_decoder.train.canonical import StateReader, publish, write_rank
 from dist_decoder.train.checkpoint import CheckpointDocument, read_checked
 from dist_decoder.train.fence import Fence
 from dist_decoder.train.places import (
@@ -112,13 +112,17 @@ class Saver:
             self._staging = Staging(slices)
 
     def save(
-        self, slices: Iterable[Slice], whole: State, document: CheckpointDocument, wait: bool
+        self,
+        slices: Iterable[Slice],
+        rest: Sequence[Slice],
+        document: CheckpointDocument,
+        wait: bool,
     ) -> None:
         """Begin to save ``document.step``; a collective call.
 
         Args:
             slices: this rank's, by ``Engine.slices``.
-            whole: whole tensors that this rank saves besides.
+            rest: what this rank saves besides; never changed, so it is not copied.
             document: what the checkpoint knows about itself.
             wait: return when the checkpoint is complete, whatever ``on_failure`` says about it.
 
@@ -139,7 +143,7 @@ class Saver:
             folder=self.place,
             fence=self.fence,
             world=self._world,
-            slices=[*held, *whole_slices(whole)],
+            slices=[*held, *rest],
             document=document.model_dump(mode="json"),
             published=partial(retention.keep_last, self.place, self._config.keep_last),
         )
@@ -227,14 +231,18 @@ class Saver:
         return run_on_first(note, self._world)
 
     def write_aside(
-        self, folder: Path, slices: Iterable[Slice], whole: State, document: CheckpointDocument
+        self,
+        folder: Path,
+        slices: Iterable[Slice],
+        rest: Sequence[Slice],
+        document: CheckpointDocument,
     ) -> None:
         """Write a checkpoint elsewhere and wait for it: the model at its start. Collective."""
         final = inside(folder, step_name(document.step))
         if run_on_first(lambda: is_complete(final), self._world):
             return
         storage, number, world = open_place(final), self.fence.number, self._world
-        held = [*slices, *whole_slices(whole)]
+        held = [*slices, *rest]
 
         def write() -> None:
             write_rank(storage, number, world.rank, world.size, held)

@@ -91,7 +91,10 @@ def start_ridges(
 def put_start(
     decoder: Decoder, subject: str, weight_EV: NDArray[np.float32], bias_E: NDArray[np.float32]
 ) -> None:
-    """Write a linear map into latents 0..E-1 of a subject layer, and zero the other latents."""
+    """Write a linear map into latents 0..E-1 of a subject layer, and zero the other latents.
+
+    Of a decoder that holds a part of the latents this fills its part.
+    """
     layer = decoder.ridge.layer(subject)
     width, latent_dim = len(weight_EV), layer.out_features
     if latent_dim < width:
@@ -99,10 +102,12 @@ def put_start(
             f"model.latent_dim {latent_dim} is smaller than the pooled embedding ({width}): the "
             "closed-form start does not fit; raise latent_dim or set model.ridge_start=random"
         )
+    held = decoder.parts.latents
+    own = range(held.start, max(min(held.stop, width), held.start))
     layer.weight.zero_()
     layer.bias.zero_()
-    layer.weight[:width] = torch.from_numpy(weight_EV)
-    layer.bias[:width] = torch.from_numpy(bias_E)
+    layer.weight[: len(own)] = torch.from_numpy(weight_EV[own.start : own.stop])
+    layer.bias[: len(own)] = torch.from_numpy(bias_E[own.start : own.stop])
 
 
 def _path(folder: Path, subject: str) -> Path:

@@ -98,7 +98,7 @@ def save(folder: Path, num_kills: int, seed: int) -> None:
         document = made_job(folder.parent / "job", world).document
         for step in range(done + 1, done + 1 + num_steps):
             values.fill_(step)
-            saver.save(own, {}, document.model_copy(update={"step": step}), wait=num_steps == 1)
+            saver.save(own, [], document.model_copy(update={"step": step}), wait=num_steps == 1)
 
     begun = time.monotonic()
     assert in_child(lambda: work(1)) == 0

@@ -110,7 +110,7 @@ def made_job(
         **changes.pop("optim", {}),
     }  # fmt: skip
     model = changes.pop("model", MODEL)
-    decoder = Decoder(model, SUBJECTS, E, (T, D), seed=3)
+    decoder = Decoder(model, SUBJECTS, E, (T, D), seed=3, world=world)
     folder.mkdir(parents=True, exist_ok=True)
     document = CheckpointDocument(
         kind="joint",

@@ -1,37 +1,20 @@
 """Validation ranks as a slow loop does; closed-form starts reach the subject layer."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from made_job import MODEL, SUBJECTS, D, E, T
+from made_rows import made_rows
 
 from dist_decoder import dist
 from dist_decoder.errors import ConfigError
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.stats.ridge import encoding_inverse
 from dist_decoder.train.start import start_ridges
-from dist_decoder.train.validate import rank_images, selection_score, validate
-
-
-def rows(subject: str, num_images: int = 6, num_rows: int = 40, seed: int = 0) -> Any:
-    generator = np.random.default_rng(seed)
-    pooled_ME = generator.normal(size=(num_images, E)).astype(np.float32)
-    image_N = generator.integers(0, num_images, num_rows)
-    mixing_EV = generator.normal(size=(E, SUBJECTS[subject]))
-    noise_NV = generator.normal(size=(num_rows, SUBJECTS[subject])) * 0.3
-    return SimpleNamespace(
-        voxels_NV=(pooled_ME[image_N] @ mixing_EV + noise_NV).astype(np.float32),
-        image_N=image_N,
-        uids_M=tuple(f"made:{seed}-{index}" for index in range(num_images)),
-        num_rows=num_rows,
-        standard_pooled_ME=pooled_ME,
-        standard_pooled_NE=pooled_ME[image_N],
-        standard_tokens_MTD=generator.normal(size=(num_images, T, D)).astype(np.float32),
-    )
+from dist_decoder.train.validate import divide, rank_images, selection_score, validate
 
 
 def test_ranking_equals_a_slow_loop() -> None:
@@ -55,7 +38,7 @@ def test_a_model_that_says_the_same_of_all_images_does_not_win() -> None:
 def test_closed_form_start_decodes_at_once_and_distractors_make_it_harder(tmp_path: Path) -> None:
     world = dist.start("cpu")
     decoder = Decoder(MODEL, SUBJECTS, E, (T, D), seed=0)
-    held = {name: rows(name) for name in SUBJECTS}
+    held = {name: made_rows(name) for name in SUBJECTS}
     start_ridges(decoder, "encoding_inverse", lambda name: held[name], tmp_path, world)
     weight_EV, bias_E = encoding_inverse(
         held["god/S1"].standard_pooled_NE, held["god/S1"].voxels_NV, groups_N=held["god/S1"].image_N
@@ -64,9 +47,10 @@ def test_closed_form_start_decodes_at_once_and_distractors_make_it_harder(tmp_pa
     np.testing.assert_allclose(layer.weight[:E].detach().numpy(), weight_EV, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(layer.bias[:E].detach().numpy(), bias_E, rtol=1e-5, atol=1e-6)
     assert not layer.weight[E:].any()
-    scores = validate(decoder, held)
+    scores = validate(decoder, [divide(held[name], None, world) for name in SUBJECTS], world)
     assert scores["validation/god/pooled_top1"] > 0.8
-    harder = validate(decoder, held, {name: rows(name, 400, 1, seed=1) for name in SUBJECTS})
+    more = [divide(held[name], made_rows(name, 400, 1, seed=1), world) for name in SUBJECTS]
+    harder = validate(decoder, more, world)
     assert harder["validation/god/pooled_mrr"] < scores["validation/god/pooled_mrr"]
     assert selection_score(scores) > selection_score(harder) > 0
     assert selection_score({}) == -1
@@ -77,7 +61,7 @@ def test_start_is_kept_and_kinds_differ(tmp_path: Path) -> None:
     weights = {}
     for kind in ("random", "encoding_inverse", "decoding_ridge"):
         decoder = Decoder(MODEL, {"god/S1": 5}, E, (T, D), seed=0)
-        start_ridges(decoder, kind, rows, tmp_path / kind, world)  # type: ignore[arg-type]
+        start_ridges(decoder, kind, made_rows, tmp_path / kind, world)  # type: ignore[arg-type]
         weights[kind] = decoder.ridge.layer("god/S1").weight.detach()
 
         def refit(name: str) -> Any:
@@ -94,4 +78,4 @@ def test_too_narrow_latents_are_refused(tmp_path: Path) -> None:
     narrow = MODEL.model_copy(update={"latent_dim": 4})
     decoder = Decoder(narrow, {"god/S1": 5}, E, (T, D), seed=0)
     with pytest.raises(ConfigError, match="latent_dim 4 is smaller"):
-        start_ridges(decoder, "encoding_inverse", rows, tmp_path, dist.start("cpu"))
+        start_ridges(decoder, "encoding_inverse", made_rows, tmp_path, dist.start("cpu"))
