@@ -63,7 +63,7 @@ def train(world: World, folder: Path, **options: Any) -> list[float]:
     return losses_of(folder)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_the_graphs_run_and_the_losses_agree(
     counting: Counting, world: World, tmp_path: Path, zero_stage: int
 ) -> None:

@@ -96,7 +96,9 @@ def test_a_cpu_is_told_to_use_bf16(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "zero_stage", [0, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))]
+)
 def test_it_learns_as_float32_does(
     half: None, world: World, tmp_path: Path, zero_stage: int
 ) -> None:
@@ -206,7 +208,7 @@ class Stopped(MadeBatches):
             yield batch
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_ends_with_the_same_bits(
     half: None, world: World, tmp_path: Path, zero_stage: int
 ) -> None:
