@@ -1,13 +1,16 @@
 """Throughput of the loader beside plain WebDataset and a raw read of the same tars, in one run.
 
     python benchmarks/loader.py tokens --cases warm-1,warm-2,cold-2
-    python benchmarks/loader.py tokens --cases s3-2
+    python benchmarks/loader.py tokens --cases warm-1,warm-2 --target-dtype float32
+    python benchmarks/loader.py tokens --cases s3-4
     python benchmarks/loader.py pooled --cases warm-1,cache-2,memory
 
 ``tokens`` has 256 x 1664 half-precision targets (0.88 MB per sample), ``pooled`` pooled targets
 and 15,000 voxels (33 kB), ``demo`` is the size of `make demo`. The case says what is read and by
 how many reader threads; ``s3`` starts Ceph's object gateway (see tests/object_store) and compares
-with WebDataset over `pipe:curl` and with the bare client. It is `data-tools bench`, see there.
+with WebDataset over `pipe:curl` and with the bare client. The loader and WebDataset end in the
+same: tokens as they are stored (what a GPU gets), or standardised float32 (what a CPU gets). It is
+`data-tools bench`, see there.
 """
 
 from __future__ import annotations
@@ -196,12 +199,19 @@ def main(
     cases: Annotated[str, typer.Option(help="comma-separated")] = "warm-1,warm-2,cold-2",
     seconds: Annotated[float, typer.Option(help="length of each measurement")] = 3.0,
     rounds: Annotated[int, typer.Option(help="rounds of each case")] = 3,
+    target_dtype: Annotated[
+        str, typer.Option(help="stored: ready for a device that standardises; float32: by the CPU")
+    ] = "stored",
     folder: Annotated[Path | None, typer.Option(help="where shards are written")] = None,
 ) -> None:
     """Print the figures of all cases as JSON."""
     torch.set_num_threads(1)
     sizes = PROFILES[profile]
-    options = [f"bench.seconds={seconds}", f"bench.rounds={rounds}"]
+    options = [
+        f"bench.seconds={seconds}",
+        f"bench.rounds={rounds}",
+        f"data.target_dtype={target_dtype}",
+    ]
     chosen = cases.split(",")
     local = [case for case in chosen if not case.startswith("s3")]
     remote = [case for case in chosen if case.startswith("s3")]

@@ -90,8 +90,8 @@ class Filling:
         """Take a member's values to the positions that show them; ``array`` may change later."""
         extension = item[1]
         if extension in self._stored:
-            self._stored[extension][positions[0]] = array
-            self.repeat(extension, positions)
+            for position in positions:
+                self._stored[extension][position] = array
             return
         name = self._target_of.get(extension)
         if name is None:

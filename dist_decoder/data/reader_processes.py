@@ -9,6 +9,7 @@ travel.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import signal
 import traceback
 import warnings
@@ -219,6 +220,8 @@ def _serve(connection: Connection, spec: ReaderSpec, blocks: list[Tensor]) -> No
             step, index = connection.recv()
             if reader is None:
                 reader = BatchReader(spec)
+                # The indexes live as long as the process: the collector need not walk them.
+                gc.freeze()
             if step == _COUNTERS:
                 connection.send((step, reader.counters()))
                 continue

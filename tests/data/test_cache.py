@@ -18,6 +18,7 @@ from dist_decoder.config.sources import CacheConfig, SourcesConfig
 from dist_decoder.data.cache import NodeCache, key_of
 from dist_decoder.data.cache_folder import CacheFolder
 from dist_decoder.data.loader import Loader
+from dist_decoder.data.order import Visits
 from dist_decoder.data.sources import Shard
 from dist_decoder.errors import FormatError, StorageError
 from dist_decoder.storage import open_location
@@ -351,3 +352,22 @@ def bytes_in(folder: Path) -> int:
             except FileNotFoundError:
                 continue
     return sum(sizes.values())
+
+
+def test_nothing_is_looked_for_when_all_shards_are_asked_for(
+    made: HandMade, tmp_path: Path
+) -> None:
+    """Steps far ahead belong to epochs whose orders would push the present one out of memory."""
+    with loader(made, {"folder": tmp_path / "c"}) as found:
+        looked: list[int] = []
+        visits = found.order.visits
+
+        def noted(step: int, positions: range | None = None) -> Visits:
+            looked.append(step)
+            return visits(step, positions)
+
+        found.order.visits = noted  # type: ignore[method-assign]
+        for _ in range(STEPS):
+            next(found)
+        assert found.counters()["cache"]["fetched"] == len(found.order.shards)
+    assert max(looked) < 3 * STEPS

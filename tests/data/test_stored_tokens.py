@@ -144,3 +144,14 @@ def test_division_is_a_division() -> None:
     wanted = (values.astype(np.float32) - mean) / scale
     assert got.numpy().tobytes() == wanted.tobytes()
     assert wanted.tobytes() != ((values.astype(np.float32) - mean) * (1 / scale)).tobytes()
+
+
+def test_memory_is_kept_while_copies_out_of_it_may_be_under_way(tmp_path: Path) -> None:
+    loader = open_loader(make(tmp_path, "float16"), target_dtype="stored")
+    memory = loader.reader._memory
+    moved = next(loader).to(torch.device("meta"))
+    assert memory.num_free == 0
+    assert moved.tokens_BTD is not None
+    assert moved.tokens_BTD.shape == (7, 3, 4)
+    del moved
+    assert memory.num_free == 1
