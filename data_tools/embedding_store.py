@@ -121,7 +121,7 @@ class EmbeddingStore:
             raise FormatError(f"{error}; or {REMEDY}") from None
         # zarr answers with the fill value, NaN, for a file that is missing; values are finite, and
         # each row that is there was compared with its checksum.
-        if np.isnan(values.reshape(len(values), -1)[:, 0]).any():
+        if np.isnan(values[:, 0] if values.ndim == 2 else values[:, 0, 0]).any():
             raise FormatError(f"{where} lacks rows: a file is missing: {REMEDY}")
         return values[inverse]
 

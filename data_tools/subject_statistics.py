@@ -10,7 +10,6 @@ Axes: N trials, V voxels of one subject, U units.
 from __future__ import annotations
 
 import io
-import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from data_tools.markers import MARKERS
 from data_tools.normalise import VoxelStatistics, fit_statistics
-from data_tools.share import Share
+from data_tools.share import Share, write_same
 from data_tools.split_file import Split
 from data_tools.store import Store
 from dist_decoder.config.data import ShardConfig
@@ -29,8 +28,6 @@ from dist_decoder.config.progress import progress
 from dist_decoder.errors import FormatError, StorageError
 from dist_decoder.manifest import encode_npz
 from dist_decoder.storage import Storage
-
-_PAUSE_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def fit_subjects(
             held = _left_by_others(storage, name)
             if held is None:
                 held = _fit(store, split, dataset, subject, config)
-                _leave(storage, name, _encode(held))
+                write_same(storage, name, _encode(held))
             fitted[subject] = held
             counter.advance()
     return {subject: fitted[subject] for subject in subjects}
@@ -120,21 +117,6 @@ class _Sessions(Mapping[int, NDArray[np.float32]]):
 
     def __len__(self) -> int:
         return len(self._store.sessions(self._dataset, self._subject))
-
-
-def _leave(storage: Storage, name: str, data: bytes) -> None:
-    while True:
-        try:
-            storage.write(name, data)
-        except StorageError as error:
-            if not isinstance(error.__cause__, BlockingIOError):
-                raise
-            # Another process of this machine writes the same bytes at this moment.
-            if storage.exists(name):
-                return
-            time.sleep(_PAUSE_S)
-        else:
-            return
 
 
 def _encode(fitted: FittedSubject) -> bytes:

@@ -13,10 +13,9 @@ from tiny_dataset import TinyDataset, tiny_config
 from data_tools.embed import embed
 from data_tools.ingest import ingest
 from data_tools.shard import describe_shard, shard
-from data_tools.share import Share, own_share
+from data_tools.share import Share, own_share, write_same
 from data_tools.splits import split
 from data_tools.subject_rows import SubjectRows
-from data_tools.subject_statistics import _leave
 from dist_decoder.config.data import DataConfig
 from dist_decoder.errors import ConfigError, FormatError, StorageError
 from dist_decoder.manifest import encode_npz
@@ -131,7 +130,7 @@ def test_two_processes_may_leave_the_same_statistics(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     with atomic_file(tmp_path / "one.npz") as file:
         file.write(b"same")
-        second = threading.Thread(target=_leave, args=(storage, "one.npz", b"same"))
+        second = threading.Thread(target=write_same, args=(storage, "one.npz", b"same"))
         second.start()
         second.join(0.1)
         assert second.is_alive()
