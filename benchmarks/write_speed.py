@@ -3,15 +3,15 @@
     python benchmarks/write_speed.py --place FOLDER
     python tests/object_store/gateway.py python benchmarks/write_speed.py --place s3://shards/speed
 
-A store of one subject of NSD's width (15,724 voxels, one session per 256 images, three repetitions)
-is made in a temporary folder; its encoder gives 256 x 1664 random tokens at no cost, so that writing
-is what is timed. Whole verbs are timed, in one process: ``embed``, and ``shard`` with its reading of
-betas, embeddings and their statistics. Of ``synthesise``, whose ridge fits cost more than any
-writing, it is the writing of (images, voxels) responses.
+A store of one subject of NSD's width (15,724 voxels, one session per 256 images, three
+repetitions) is made in a temporary folder; its encoder gives 256 x 1664 random tokens at no cost,
+so that writing is what is timed. Whole verbs are timed, in one process: ``embed``, and ``shard``
+with its reading of betas, embeddings and their statistics. Of ``synthesise``, whose ridge fits cost
+more than any writing, it is the writing of (images, voxels) responses.
 
 The raw write takes the files that the verb has just written, two at a time as the verbs do: to a
-folder with fsync, to an object store by obstore's own multipart put (8 MiB parts, 8 at a time). Verb
-and raw write alternate. Figures: results/writing.md.
+folder with fsync, to an object store by obstore's own multipart put (8 MiB parts, 8 at a time).
+Verb and raw write alternate. Figures: results/writing.md.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import argparse
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +115,8 @@ def make_store(config: DataConfig, images: int) -> None:
     store.put_facts("lab", facts)
 
 
-def write_raw(place: str | Path, files: dict[str, bytes]) -> float:
-    """Return the seconds that a plain write of the files takes."""
+def write_raw(place: str | Path, files: dict[str, bytes]) -> None:
+    """Write the files plainly."""
     big_first = sorted(files, key=lambda name: -len(files[name]))
     write: Callable[[str], object]
     if "://" in str(place):
@@ -127,41 +129,44 @@ def write_raw(place: str | Path, files: dict[str, bytes]) -> float:
         def write(name: str) -> object:
             return atomic_write_bytes(Path(place, name), files[name])
 
-    start = time.perf_counter()
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(write, big_first))
-    return time.perf_counter() - start
 
 
 def measure(
     what: str, config: DataConfig, place: str | Path, work: Callable[[], object], rounds: int
 ) -> None:
     """Time ``work``, which writes below ``place``, and the raw write of the same files."""
-    speeds, ratios, processor = [], [], []
-    for number in range(rounds):
-        before = resource.getrusage(resource.RUSAGE_SELF)
-        start = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - start
-        after = resource.getrusage(resource.RUSAGE_SELF)
+    speeds, ratios, processor, raw_processor = [], [], [], []
+    for _ in range(rounds):
+        seconds, cpu_s = timed(work)
         storage = open_location(place, config.storage)
         files = {name: storage.read(name) for name in storage.list() if ".lock" not in name}
         raw_place = f"{place}-raw"
-        raw_s = write_raw(raw_place, files)
+        raw_s, raw_cpu_s = timed(partial(write_raw, raw_place, files))
         size = sum(map(len, files.values()))
         speeds.append(size / seconds / 1e6)
         ratios.append(raw_s / seconds)
-        cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         processor.append(cpu_s / size * 1e9)
+        raw_processor.append(raw_cpu_s / size * 1e9)
         for location, names in ((storage, files), (open_location(raw_place), files)):
             for name in names:
                 location.remove(name)
-    print(
-        f"{what:12} {size / 1e6:8.0f} MB in {len(files):4} files {statistics.median(speeds):8.0f}"
-        f" MB/s  of raw {statistics.median(ratios):5.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        f"  {statistics.median(processor):5.2f} CPU s/GB",
-        flush=True,
+    sys.stdout.write(
+        f"{what:11} {size / 1e6:5.0f} MB, {len(files)} files, {statistics.median(speeds):.0f} MB/s,"
+        f" of raw {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}),"
+        f" CPU s/GB {statistics.median(processor):.1f}, raw {statistics.median(raw_processor):.1f},"
+        f" load {os.getloadavg()[0]:.0f}\n"
     )
+    sys.stdout.flush()
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the seconds by the clock and of CPU that some work takes."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    work()
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
@@ -183,7 +188,6 @@ def main() -> None:
         local = validate(DataConfig, common, "benchmark")
         make_store(local, given.images)
         split(local)
-        print(f"{given.place}, load {os.getloadavg()[0]:.1f}", flush=True)
         if given.only in (None, "embed"):
             place = join_location(given.place, "derived")
             config = validate(DataConfig, {**common, "derived_url": str(place)}, "benchmark")

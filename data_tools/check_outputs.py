@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from data_tools.check_report import CheckRow
 from data_tools.near_duplicates import close_pairs, perceptual_hashes
+from data_tools.split_file import SPLIT_NAME, read_split, verify_split
 from data_tools.split_policies import by_role
-from data_tools.splits import SPLIT_NAME, read_split, verify_split
 from data_tools.store import open_store
 from dist_decoder.config.data import DataConfig
 from dist_decoder.errors import DistDecoderError

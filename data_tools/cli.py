@@ -13,6 +13,13 @@ from dist_decoder.config.loader import BenchConfig, SimulateConfig
 app = make_app("data-tools", "Turn raw fMRI datasets into one store and into training shards.")
 
 
+_DERIVING = (
+    "output", "seed", "datasets", "split", "embed", "low_level", "synthesise", "shard",
+    "store_url", "derived_url", "storage",
+)  # fmt: skip
+"""Keys of the verbs that read the store and embeddings."""
+
+
 def _lazily(path: str) -> Callable[[Any], str]:
     """Return the function ``module:name`` that turns a result into text, imported when called."""
 
@@ -50,9 +57,10 @@ add_verb(
     "Read raw datasets into the store; finished sessions are kept.\n\n"
     "Every trial table is checked before anything is written. Sessions whose files changed are "
     "read again. Example:\n\n"
-    "data-tools ingest configs/data/demo.yaml",
+    "data-tools ingest configs/data/demo.yaml\n\n"
+    "data-tools ingest my_lab.yaml store_url=s3://bucket/store",
     render=_lazily("data_tools.ingest:describe_ingest"),
-    sections=("output", "datasets"),
+    sections=("output", "store_url", "datasets", "storage"),
 )
 add_verb(
     app,
@@ -64,7 +72,7 @@ add_verb(
     "\n\n"
     "data-tools split configs/data/demo.yaml split.validation_prob=0.05",
     render=_lazily("data_tools.splits:describe_split"),
-    sections=("output", "seed", "datasets", "split"),
+    sections=("output", "store_url", "seed", "datasets", "split", "storage"),
 )
 add_verb(
     app,
@@ -75,7 +83,7 @@ add_verb(
     "An interrupted call goes on where it stopped. Example:\n\n"
     "data-tools embed my_lab.yaml embed.model=ViT-B-32 embed.pretrained=laion2b_s34b_b79k",
     render=_lazily("data_tools.embed:describe_embed"),
-    sections=("output", "datasets", "embed", "derived_url", "storage"),
+    sections=("output", "store_url", "datasets", "embed", "low_level", "derived_url", "storage"),
 )
 add_verb(
     app,
@@ -87,17 +95,7 @@ add_verb(
     "Example:\n\n"
     "data-tools synthesise configs/data/demo.yaml",
     render=_lazily("data_tools.synthesise:describe_synthesise"),
-    sections=(
-        "output",
-        "seed",
-        "datasets",
-        "split",
-        "embed",
-        "synthesise",
-        "shard",
-        "derived_url",
-        "storage",
-    ),
+    sections=_DERIVING,
 )
 add_verb(
     app,
@@ -111,11 +109,8 @@ add_verb(
     "data-tools shard my_lab.yaml shards_url=s3://bucket/shards shard.part=slurm",
     render=_lazily("data_tools.shard:describe_shard"),
     flags={"--public": "shard.public=true"},
-    sections=(
-        "output", "seed", "datasets", "split", "embed", "synthesise", "shard", "shards_name",
-        "shards_url", "derived_url", "storage",
-    ),
-)  # fmt: skip
+    sections=(*_DERIVING, "shards_name", "shards_url"),
+)
 add_verb(
     app,
     "check",
@@ -126,7 +121,7 @@ add_verb(
     "data-tools check my_lab.yaml check.betas=first",
     render=_lazily("data_tools.check:describe_check"),
     failed=_check_failed,
-    sections=("output", "datasets", "check", "shards_name", "shards_url", "storage"),
+    sections=("output", "store_url", "datasets", "check", "shards_name", "shards_url", "storage"),
 )
 add_verb(
     app,
@@ -138,7 +133,7 @@ add_verb(
     "Example:\n\n"
     "data-tools qc configs/data/demo.yaml",
     render=_lazily("data_tools.qc:describe_qc"),
-    sections=("output", "datasets"),
+    sections=("output", "store_url", "datasets", "storage"),
 )
 
 # Both measure the library's own loader: its code is named here and imported when called.

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from data_tools.embedding_store import FORMAT, VERSION, Source, read_header
 from data_tools.markers import Markers
-from data_tools.share import Share
-from data_tools.zarr_arrays import write_group, zarr_place
+from data_tools.share import Share, write_same
+from data_tools.zarr_arrays import group_node, zarr_place
+from data_tools.zarr_location import NODE
 from dist_decoder.config.base import fingerprint
 from dist_decoder.encoders.protocol import Encoder
 from dist_decoder.errors import DataError
@@ -92,7 +93,7 @@ class EmbeddingWriter:
     def begin(self) -> None:
         """Make the arrays, or widen them to the new number of rows."""
         with explained(self.storage.describe(), "written"):
-            write_group(self.storage)
+            write_same(self.storage, NODE, group_node())
             for name, (shape, dtype) in self._row_shapes.items():
                 self._arrays[name] = self._open(name, shape, dtype)
 

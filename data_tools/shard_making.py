@@ -14,7 +14,7 @@ from data_tools.shard_folder import Journal
 from data_tools.shard_plan import Plan, notes
 from data_tools.shard_sources import Source, measured_sources, source_samples, synthetic_sources
 from data_tools.share import Share
-from data_tools.splits import count_images
+from data_tools.split_file import count_images
 from data_tools.subject_rows import SubjectRows
 from data_tools.subject_statistics import FittedSubject, fit_subjects
 from data_tools.synthetic_store import read_synthetic

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_tools.embedding_store import EmbeddingStore
 from data_tools.normalise import LEAKS
-from data_tools.splits import Split, read_split, verify_split
+from data_tools.split_file import Split, read_split, verify_split
 from data_tools.store import Store, open_store
 from data_tools.synthesise import is_current
 from data_tools.synthetic_store import read_header

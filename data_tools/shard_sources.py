@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.embedding_store import EmbeddingStore
-from data_tools.splits import Split
+from data_tools.split_file import Split
 from data_tools.store import Store
 from data_tools.subject_rows import SubjectRows
 from data_tools.synthetic_store import read_synthetic

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from data_tools.markers import MARKERS
-from dist_decoder.errors import ConfigError
+from dist_decoder.errors import ConfigError, StorageError
 from dist_decoder.storage import Storage, exclusive
 
 ConfigT = TypeVar("ConfigT")
+_PAUSE_S = 0.01
 _SLURM = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
 
 
@@ -98,6 +100,26 @@ def held(storage: Storage, share: Share, action: str) -> Iterator[None]:
             exclusive(storage.path / MARKERS / str(share), f"{action} of part {share}"),
         ):
             yield
+
+
+def write_same(storage: Storage, name: str, data: bytes) -> None:
+    """Write a file that other processes may write at the same time with the same bytes.
+
+    Raises:
+        StorageError: the location is not writable.
+    """
+    while True:
+        try:
+            storage.write(name, data)
+        except StorageError as error:
+            # In a folder a lock keeps the writers of a file apart.
+            if not isinstance(error.__cause__, BlockingIOError):
+                raise
+            if storage.exists(name):
+                return
+            time.sleep(_PAUSE_S)
+        else:
+            return
 
 
 def run_workers(work: Callable[[ConfigT, Share], int], config: ConfigT, shares: list[Share]) -> int:

@@ -10,17 +10,25 @@ the papers on joint training do not say that they remove them.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from data_tools.share import Share, held
+from data_tools.split_file import (
+    LEAKY,
+    PAPERS,
+    SPLIT_NAME,
+    Split,
+    config_fingerprint,
+    count_images,
+    identity,
+    overlap_of,
+    verify_split,
+)
 from data_tools.split_policies import (
     keep_categories_apart,
     keep_near_duplicates_apart,
@@ -29,84 +37,10 @@ from data_tools.split_policies import (
     synset_notes,
 )
 from data_tools.store import Store, open_store
-from dist_decoder.config.base import Section, fingerprint
-from dist_decoder.config.data import DataConfig, HoldoutConfig, SplitConfig
-from dist_decoder.errors import ConfigError, DataError, FormatError, SplitError
+from dist_decoder.config.data import DataConfig, SplitConfig
+from dist_decoder.errors import ConfigError, DataError, SplitError
 from dist_decoder.rng import key64
 from dist_decoder.storage import json_bytes
-
-SPLIT_NAME = "split.json"
-SPLITS = ("train", "validation", "test", "imagery", "excluded")
-_PAPERS = ("paper:neurofusion", "paper:mindeye2", "paper:duala")
-_LEAKY = ("within", "leave_one_run_out", *_PAPERS)
-"""Policies that accept images in train and test, and name them."""
-
-
-class Split(Section):
-    """``split.json`` of a store."""
-
-    format: Literal["dist-decoder-split"] = "dist-decoder-split"
-    version: Literal[1] = 1
-    policy: str
-    config: str
-    """Fingerprint of the configuration that made it."""
-    fingerprint: str = ""
-    """Identifies who is where; everything below it enters."""
-    images: dict[str, dict[str, str]]
-    """dataset -> image_uid -> train, validation, test or excluded. Rows of imagery are imagery
-    whatever their image is."""
-    rows: dict[str, tuple[str, ...]] = {}
-    """leave_one_run_out: dataset/subject -> split of every trial, instead of ``images``."""
-    holdout: tuple[HoldoutConfig, ...] = ()
-    holdout_only: dict[str, tuple[str, ...]] = {}
-    """dataset -> training images that only held-out subjects saw: statistics skip them."""
-    contaminated: tuple[str, ...] = ()
-    """image_uids that are in train or validation and in test under this policy."""
-    notes: tuple[str, ...] = ()
-
-    def is_holdout(self, dataset: str, subject: str) -> bool:
-        """Return whether joint training and statistics must not use a subject."""
-        return any(entry.subject == f"{dataset}/{subject}" for entry in self.holdout)
-
-    def train_sessions(self, dataset: str, subject: str) -> int | None:
-        """Return the number of sessions whose rows a held-out subject may learn from."""
-        for entry in self.holdout:
-            if entry.subject == f"{dataset}/{subject}":
-                return entry.train_sessions
-        return None
-
-    def row_splits(self, dataset: str, subject: str, trials: pd.DataFrame) -> NDArray[np.str_]:
-        """Return the split of every row of a trial table.
-
-        Raises:
-            SplitError: the split does not know the dataset, an image or the subject's trials.
-        """
-        name = f"{dataset}/{subject}"
-        if dataset not in self.images:
-            raise SplitError(f"{name}: the split does not know {dataset}; {_REMEDY}")
-        if self.rows:
-            if len(self.rows.get(name, ())) != len(trials):
-                raise SplitError(f"{name}: the split was made for other trials; {_REMEDY}")
-            splits = np.array(self.rows[name], dtype="<U10")
-        else:
-            image_split = self.images[dataset]
-            unknown = sorted(set(trials["image_uid"]) - set(image_split))
-            if unknown:
-                raise SplitError(
-                    f"{name}: the split does not know the image {unknown[0]!r} ({len(unknown)}"
-                    f" such images); {_REMEDY}"
-                )
-            splits = np.array([image_split[uid] for uid in trials["image_uid"]], dtype="<U10")
-        imagery = trials["split"].to_numpy() == "imagery"
-        splits[imagery] = "imagery"
-        limit = self.train_sessions(dataset, subject)
-        if limit is not None:
-            late = trials["session"].to_numpy() > limit
-            splits[late & np.isin(splits, ("train", "validation"))] = "excluded"
-        return splits
-
-
-_REMEDY = "run `data-tools split` again"
 
 
 def split(config: DataConfig) -> dict[str, Any]:
@@ -136,31 +70,6 @@ def describe_split(result: dict[str, Any]) -> str:
     if result["contaminated"]:
         lines.append(f"  warning: {result['contaminated']} images are in training and in test")
     return "\n".join([*lines, *(f"  {note}" for note in result["notes"])])
-
-
-def read_split(store: Store, config: DataConfig | None = None) -> Split:
-    """Return the split of a store.
-
-    Args:
-        store: its store.
-        config: if given, the split must have been made by this configuration.
-
-    Raises:
-        FormatError: there is none, or it is damaged.
-        SplitError: another configuration made it.
-    """
-    path = f"{store.storage.describe()}/{SPLIT_NAME}"
-    if not store.storage.exists(SPLIT_NAME):
-        raise FormatError(f"{path} does not exist; run `data-tools split` first")
-    try:
-        made = Split.model_validate(json.loads(store.storage.read(SPLIT_NAME)))
-    except (ValueError, ValidationError) as error:
-        raise FormatError(f"{path} is damaged or of another version; {_REMEDY}") from error
-    if made.fingerprint != _identity(made):
-        raise FormatError(f"{path} was changed after it was written; {_REMEDY}")
-    if config is not None and made.config != _config_fingerprint(store, config):
-        raise SplitError(f"{path} was made by another configuration; {_REMEDY}")
-    return made
 
 
 def make_split(store: Store, config: DataConfig) -> Split:
@@ -207,13 +116,13 @@ def make_split(store: Store, config: DataConfig) -> Split:
         notes += paper_notes(config.split) + synset_notes(images)
     made = Split(
         policy=config.split.policy,
-        config=_config_fingerprint(store, config),
+        config=config_fingerprint(store, config),
         images=images,
         rows=rows,
         holdout=holdout,
     )
-    overlap = _overlap(trials, made)
-    contaminated = tuple(sorted(overlap)) if config.split.policy in _LEAKY else ()
+    overlap = overlap_of(trials, made)
+    contaminated = tuple(sorted(overlap)) if config.split.policy in LEAKY else ()
     if contaminated:
         notes.append(
             f"{config.split.policy}: {len(contaminated)} images are in train and in test; scores on"
@@ -228,47 +137,7 @@ def make_split(store: Store, config: DataConfig) -> Split:
     made = made.model_copy(
         update={"contaminated": contaminated, "holdout_only": holdout_only, "notes": tuple(notes)}
     )
-    return made.model_copy(update={"fingerprint": _identity(made)})
-
-
-def verify_split(store: Store, made: Split) -> None:
-    """Check on the actual trials that no image is in train and test, over all datasets.
-
-    Raises:
-        SplitError: it leaks an image that it does not name, or does not fit the store.
-    """
-    trials = {
-        (name, subject): store.trials(name, subject)
-        for name in made.images
-        for subject in store.subjects(name)
-    }
-    overlap = _overlap(trials, made)
-    allowed = set(made.contaminated) if made.policy in _LEAKY else set()
-    leaked = sorted(set(overlap) - allowed)
-    if leaked:
-        places = "; ".join(overlap[leaked[0]])
-        raise SplitError(
-            f"policy {made.policy}: image {leaked[0]!r} is in more than one split ({places}), and"
-            f" {len(leaked) - 1} more; {_REMEDY}, with policy `strict`"
-        )
-
-
-def count_images(made: Split) -> dict[str, int]:
-    """Return the number of distinct images of each split over all datasets."""
-    found: dict[str, set[str]] = {name: set() for name in SPLITS if name != "imagery"}
-    for images in made.images.values():
-        for uid, name in images.items():
-            found[name].add(uid)
-    return {name: len(uids) for name, uids in found.items()}
-
-
-def _identity(made: Split) -> str:
-    return fingerprint(made.model_dump(mode="json", exclude={"fingerprint", "notes", "config"}))
-
-
-def _config_fingerprint(store: Store, config: DataConfig) -> str:
-    datasets = store.require(entry.dataset for entry in config.datasets)
-    return fingerprint([config.split.model_dump(mode="json"), config.seed, list(datasets)])
+    return made.model_copy(update={"fingerprint": identity(made)})
 
 
 def _check_holdout(store: Store, config: SplitConfig, datasets: Iterable[str]) -> None:
@@ -375,34 +244,10 @@ def _all_categories(store: Store, datasets: Iterable[str]) -> dict[str, tuple[st
 
 
 def _train_or_validation(identity: str, config: DataConfig) -> str:
-    if config.split.policy in _PAPERS:
+    if config.split.policy in PAPERS:
         return "train"
     share = key64(config.seed, "validation", identity) / 2**64
     return "validation" if share < config.split.validation_prob else "train"
-
-
-def _overlap(trials: Mapping[tuple[str, str], pd.DataFrame], made: Split) -> dict[str, list[str]]:
-    """Return image_uid -> places, for images in more than one of train, validation and test.
-
-    A uid that the table of images puts into two splits counts even if no trial shows it:
-    augmentation takes images from that table.
-    """
-    found: dict[str, dict[str, set[str]]] = {}
-    if not made.rows:
-        for name, images in made.images.items():
-            for uid, where in images.items():
-                found.setdefault(uid, {}).setdefault(where, set()).add(name)
-    for (name, subject), table in trials.items():
-        splits = made.row_splits(name, subject, table)
-        for uid, where in set(zip(table["image_uid"], splits.tolist(), strict=True)):
-            found.setdefault(uid, {}).setdefault(where, set()).add(f"{name}/{subject}")
-    overlap = {}
-    for uid, by_split in found.items():
-        learned = [name for name in ("train", "validation", "test") if name in by_split]
-        # Row-wise policies share images between train and validation by design.
-        if len(learned) > 1 and ("test" in learned or not made.rows):
-            overlap[uid] = [f"{name} in {', '.join(sorted(by_split[name]))}" for name in learned]
-    return overlap
 
 
 def _holdout_only(

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from data_tools.normalise import VoxelStatistics
-from data_tools.splits import Split
+from data_tools.split_file import Split
 from data_tools.store import Store
 from data_tools.subject_statistics import FittedSubject, row_checksums
 from dist_decoder.config.data import ShardConfig

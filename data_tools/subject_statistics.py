@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from data_tools.markers import MARKERS
 from data_tools.normalise import VoxelStatistics, fit_statistics
-from data_tools.share import Share
-from data_tools.splits import Split
+from data_tools.share import Share, write_same
+from data_tools.split_file import Split
 from data_tools.store import Store
 from dist_decoder.config.data import ShardConfig
 from dist_decoder.config.progress import progress
@@ -82,7 +82,7 @@ def fit_subjects(
             held = _left_by_others(storage, name)
             if held is None:
                 held = _fit(store, split, dataset, subject, config)
-                storage.write(name, _encode(held))
+                write_same(storage, name, _encode(held))
             fitted[subject] = held
             counter.advance()
     return {subject: fitted[subject] for subject in subjects}

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from data_tools.embedding_store import EmbeddingStore
 from data_tools.normalise import fit_statistics
 from data_tools.share import Share, held, own_share, run_workers
+from data_tools.split_file import Split, read_split
 from data_tools.split_policies import synset_of, synsets_of_tests
-from data_tools.splits import Split, read_split
 from data_tools.store import Store, open_store
 from data_tools.synthetic_store import (
     VERSION,

@@ -183,8 +183,12 @@ def write_group(storage: Storage, name: str = "", attributes: dict[str, Any] | N
     Raises:
         StorageError: the disk is full or the place is not writable.
     """
-    node = {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
-    storage.write(f"{name}/{NODE}" if name else NODE, json_bytes(node))
+    storage.write(f"{name}/{NODE}" if name else NODE, group_node(attributes))
+
+
+def group_node(attributes: dict[str, Any] | None = None) -> bytes:
+    """Return the node of a zarr 3 group."""
+    return json_bytes({"zarr_format": 3, "node_type": "group", "attributes": attributes or {}})
 
 
 def read_group(storage: Storage, name: str) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from data_tools.datasets.protocol import Facts
 from data_tools.embed import embed
 from data_tools.ingest import ingest
 from data_tools.shard import shard
-from data_tools.splits import read_split, split
+from data_tools.split_file import read_split
+from data_tools.splits import split
 from data_tools.store import Store
 from data_tools.synthesise import synthesise
 from data_tools.synthetic_store import read_synthetic

@@ -1,8 +1,11 @@
 """Several processes, array tasks and object stores give the bytes of one process and a folder."""
 
 import shutil
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from interrupted import folder_digests
 from tiny_dataset import TinyDataset, tiny_config
@@ -10,11 +13,13 @@ from tiny_dataset import TinyDataset, tiny_config
 from data_tools.embed import embed
 from data_tools.ingest import ingest
 from data_tools.shard import describe_shard, shard
-from data_tools.share import Share, own_share
+from data_tools.share import Share, own_share, write_same
 from data_tools.splits import split
+from data_tools.subject_rows import SubjectRows
 from dist_decoder.config.data import DataConfig
-from dist_decoder.errors import ConfigError, StorageError
-from dist_decoder.storage import exclusive
+from dist_decoder.errors import ConfigError, FormatError, StorageError
+from dist_decoder.manifest import encode_npz
+from dist_decoder.storage import LocalStorage, atomic_file, exclusive
 
 SMALL = "shard.samples_per_shard=2"
 
@@ -118,3 +123,54 @@ def test_the_place_of_the_shards_can_be_named(prepared: Path, tmp_path: Path) ->
     shard(config)
     assert folder_digests(tmp_path / "elsewhere") == folder_digests(prepared / "shards")
     assert not config.shards.exists()
+
+
+def test_two_processes_may_leave_the_same_statistics(tmp_path: Path) -> None:
+    """The other one holds the lock of the file, then is gone; the bytes are there in the end."""
+    storage = LocalStorage(tmp_path)
+    with atomic_file(tmp_path / "one.npz") as file:
+        file.write(b"same")
+        second = threading.Thread(target=write_same, args=(storage, "one.npz", b"same"))
+        second.start()
+        second.join(0.1)
+        assert second.is_alive()
+    second.join(20)
+    assert not second.is_alive()
+    assert storage.read("one.npz") == b"same"
+
+
+def test_a_part_reads_only_the_rows_of_its_tars(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second part finds the statistics and reads fewer rows than there are."""
+    read: list[int] = []
+    original = SubjectRows.read
+
+    def counting(rows: SubjectRows, numbers: Sequence[int]) -> None:
+        read.append(len(numbers))
+        original(rows, numbers)
+
+    monkeypatch.setattr(SubjectRows, "read", counting)
+    shard(fresh(prepared, tmp_path, "shard.part=0/2"))
+    first = sum(read)
+    monkeypatch.setattr(
+        "data_tools.subject_statistics._fit", lambda *_: pytest.fail("fitted once more")
+    )
+    shard(fresh(prepared, tmp_path, "shard.part=1/2"))
+    assert first > 0 < sum(read) - first
+    monkeypatch.undo()
+    assert files(fresh(prepared, tmp_path)) == folder_digests(prepared / "shards")
+
+
+def test_a_row_that_changed_behind_the_statistics_is_found(prepared: Path, tmp_path: Path) -> None:
+    shard(fresh(prepared, tmp_path, "shard.part=0/4"))
+    place = tmp_path / "shards" / "unfinished"
+    (held,) = place.glob("statistics-*/alpha-s1.npz")
+    arrays = dict(np.load(held))
+    arrays["crc32_N"] ^= 1
+    held.write_bytes(encode_npz(arrays))
+    with pytest.raises(FormatError, match=r"alpha/s1 session 1: row \d+ .* differs from what the"):
+        shard(fresh(prepared, tmp_path))
+    held.write_bytes(b"damaged")
+    with pytest.raises(FormatError, match=r"alpha-s1.npz is damaged .*; remove it and run"):
+        shard(fresh(prepared, tmp_path))

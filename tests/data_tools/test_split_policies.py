@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from data_tools.check_outputs import check_outputs
 from data_tools.datasets.protocol import Stimulus
 from data_tools.near_duplicates import close_pairs, perceptual_hash
-from data_tools.splits import SPLIT_NAME, Split, _identity, make_split, split
+from data_tools.split_file import SPLIT_NAME, Split, identity
+from data_tools.splits import make_split, split
 from data_tools.store import Store
 from data_tools.store_writer import StoreWriter
 from data_tools.synthesise import augmentation_images
@@ -155,7 +156,7 @@ def test_a_planted_shared_image_makes_split_and_check_fail(store: Store) -> None
     path = store.path / SPLIT_NAME
     made = Split.model_validate(json.loads(path.read_bytes()))
     made.images["bold5000"]["coco:1"] = "train"
-    made = made.model_copy(update={"fingerprint": _identity(made)})
+    made = made.model_copy(update={"fingerprint": identity(made)})
     path.write_text(json.dumps(made.model_dump(mode="json")))
     (row,) = check_outputs(values)
     assert row.state == "differs"

@@ -9,14 +9,8 @@ import pytest
 from tiny_dataset import TESTS, UIDS, TinyDataset, tiny_config
 
 from data_tools.ingest import ingest
-from data_tools.splits import (
-    Split,
-    count_images,
-    make_split,
-    read_split,
-    split,
-    verify_split,
-)
+from data_tools.split_file import Split, count_images, read_split, verify_split
+from data_tools.splits import make_split, split
 from data_tools.store import Store
 from dist_decoder.config.data import DataConfig
 from dist_decoder.errors import ConfigError, DataError, FormatError, SplitError

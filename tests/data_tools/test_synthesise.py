@@ -15,7 +15,8 @@ from data_tools.datasets.protocol import Stimulus
 from data_tools.embed import embed
 from data_tools.embedding_store import EmbeddingStore
 from data_tools.fabricate.world import World
-from data_tools.splits import read_split, split
+from data_tools.split_file import read_split
+from data_tools.splits import split
 from data_tools.store import Store
 from data_tools.store_writer import StoreWriter
 from data_tools.synthesise import draw_noise, read_synthetic, synthesise
