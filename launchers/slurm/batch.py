@@ -32,12 +32,14 @@ from launchers.slurm.ledger import (
 from launchers.slurm.node import NodeReport, RankExit
 from launchers.slurm.progress import progress_of
 from launchers.slurm.rendezvous import master_host, port_of
-from launchers.slurm.task import CANCELLED_NAME, Task, read_task
+from launchers.slurm.task import CANCELLED_NAME, LOST_NAME, Task, read_task
 from launchers.slurm.verdict import Verdict, judge
 
 _POLL_S = 0.5
 _AFTER_SRUN_S = 30
 """Seconds beyond the grace that srun gets to end after a failure."""
+_OTHERS_END_S = 8.0
+"""Longest wait for the report of nodes that live, after another is lost: they look every second."""
 
 
 def main(arguments: list[str]) -> int:
@@ -150,6 +152,8 @@ class _Attempt:
                 self._lost = f"{names}: no sign of life for {task.lost_after_s:g} s"
                 self.say(f"{self._lost}; ending the attempt")
                 beats.note_lost(lost)
+                (place / LOST_NAME).touch()
+                beats.wait_for_others(lost, _OTHERS_END_S)
                 _end(srun, task.grace_s)
                 return
             if failed_at is None and any(place.glob("failed-*")):

@@ -20,7 +20,7 @@ from dist_decoder.errors import FAILURE_FILE_VARIABLE, LaunchError, StoppedError
 from launchers.log_files import Merger, tail
 from launchers.slurm.ledger import current_attempt, write_whole
 from launchers.slurm.rendezvous import is_port_free, rank_environment
-from launchers.slurm.task import Task, read_task
+from launchers.slurm.task import LOST_NAME, Task, read_task
 from launchers.supervise import Child, Exit, Order, Outcome, supervise
 
 HEARTBEAT_S = 1.0
@@ -104,6 +104,10 @@ class _Watch:
         if current_attempt(self.task.path) > self.attempt:
             self.fenced = True
             self.reason = "a newer attempt has begun"
+            return Order.KILL
+        if (self.place / LOST_NAME).exists():
+            # Without that node the ranks can save nothing, and most hang in a collective.
+            self.reason = "another node is lost"
             return Order.KILL
         failed = [
             path for path in self.place.glob("failed-*") if path.name != f"failed-{self.node}"

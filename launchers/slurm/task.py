@@ -26,6 +26,8 @@ from dist_decoder.errors import LaunchError
 PLAN_NAME = "plan.json"
 RECORD_NAME = "launch.json"
 CANCELLED_NAME = "cancelled"
+LOST_NAME = "node-lost"
+"""Mark in the folder of an attempt: a node is lost, the others shall kill their ranks."""
 LAUNCH_NAME = "launch"
 """Folder of a launch inside a run folder."""
 
