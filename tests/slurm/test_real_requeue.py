@@ -62,13 +62,6 @@ def cut_link(place: Workplace, job_id: str) -> None:
     place.cluster.cut_link("n2")
 
 
-def mend(place: Workplace) -> None:
-    for name in place.cluster.names:
-        place.cluster.restore_link(name)
-        if not place.cluster.pids(name):
-            place.cluster.start_node(name)
-
-
 @pytest.mark.parametrize(
     ("fault", "signalled"),
     [
@@ -97,7 +90,7 @@ def test_a_job_goes_on_by_itself(
     if fault is reach_time_limit:
         place.cluster.run("scontrol", "update", f"jobid={job_id}", "timelimit=60")
     place.wait_done(job_id)
-    mend(place)
+    place.mend()
     first, second, *others = place.attempts()
     assert others == []
     assert second["outcome"] == "done", place.output()
