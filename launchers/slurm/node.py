@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -55,6 +56,22 @@ class NodeReport:
     lines: tuple[str, ...] = field(default=())
     """The last lines of the rank that failed first."""
     exit_code: int = 0
+
+
+def read_reports(place: Path, hosts: Sequence[str]) -> tuple[list[NodeReport], list[str]]:
+    """Return the reports of an attempt, and the hosts that wrote none."""
+    reports, missing = [], []
+    for node, host in enumerate(hosts):
+        try:
+            values = json.loads((place / f"node-{node}.json").read_text())
+        except FileNotFoundError:
+            missing.append(host)
+            continue
+        values["exits"] = tuple(RankExit(**end) for end in values["exits"])
+        for key in ("signals", "lines"):
+            values[key] = tuple(values[key])
+        reports.append(NodeReport(**values))
+    return reports, missing
 
 
 def main(arguments: list[str]) -> int:

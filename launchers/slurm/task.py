@@ -20,6 +20,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_decoder.errors import LaunchError
 
@@ -92,6 +93,12 @@ class Task:
 def task_folder(launch: Path, name: str, index: int) -> Path:
     """Return the folder of a task."""
     return launch / "jobs" / name / f"task-{index:03d}"
+
+
+def read_record(launch: Path) -> list[dict[str, Any]]:
+    """Return what was submitted, one entry per job: name, id, tasks, array, labels, runs."""
+    jobs: list[dict[str, Any]] = json.loads((launch / RECORD_NAME).read_text())["jobs"]
+    return jobs
 
 
 def read_task(folder: Path) -> Task:

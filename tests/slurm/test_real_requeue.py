@@ -102,8 +102,6 @@ def test_a_job_goes_on_by_itself(
     assert_same_run(place.folder / "run", reference)
     to_first = place.first_step_time(1) - submitted
     again = place.first_step_time(2) - second["began"]
-    assert to_first < 60
-    assert again < 60
     figures = (
         f"{fault.__name__}: submit to first step {to_first:.1f} s; fault to new attempt "
         f"{second['began'] - begun:.1f} s, from there to its first step {again:.1f} s; "
