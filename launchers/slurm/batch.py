@@ -8,13 +8,12 @@ only.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,15 +28,17 @@ from launchers.slurm.ledger import (
     read_attempts,
     stuck_attempts,
 )
-from launchers.slurm.node import NodeReport, RankExit
+from launchers.slurm.node import NodeReport, read_reports
 from launchers.slurm.progress import progress_of
 from launchers.slurm.rendezvous import master_host, port_of
-from launchers.slurm.task import CANCELLED_NAME, Task, read_task
+from launchers.slurm.task import CANCELLED_NAME, LOST_NAME, Task, read_task
 from launchers.slurm.verdict import Verdict, judge
 
 _POLL_S = 0.5
 _AFTER_SRUN_S = 30
 """Seconds beyond the grace that srun gets to end after a failure."""
+_OTHERS_END_S = 8.0
+"""Longest wait for the report of nodes that live, after another is lost: they look every second."""
 
 
 def main(arguments: list[str]) -> int:
@@ -95,7 +96,7 @@ class _Attempt:
         if earlier:
             wait_for_end(task, earlier[-1], self.say)
         self._start_and_watch(hosts)
-        reports, missing = self._reports(hosts)
+        reports, missing = read_reports(task.attempt_folder(self.number), hosts)
         verdict = Verdict("again", self._lost) if self._lost else judge(task, reports, missing)
         self._tell(reports)
         return self._act(verdict)
@@ -119,23 +120,7 @@ class _Attempt:
 
     def _start_and_watch(self, hosts: tuple[str, ...]) -> None:
         task, place = self.task, self.task.attempt_folder(self.number)
-        address = master_host(task.master_host, hosts[0])
-        port = port_of(self.job_id, self.number)
-        node = [
-            sys.executable, "-P", "-m", "launchers.slurm.node",
-            task.folder, str(self.number), address, str(port),
-        ]  # fmt: skip
-        # A node that does not see the folder would only say "No module named launchers".
-        check = (
-            'test -r "$0" || { echo "error: $0 is not visible on $(hostname): put the run folder '
-            'on a file system that all nodes see" >&2; exit 2; }; exec "$@"'
-        )
-        command = [
-            "srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1",
-            f"--cpus-per-task={task.cpus_per_rank * task.ranks_per_node}",
-            "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", "--export=ALL",
-            "sh", "-c", check, str(task.path / "plan.json"), *node,
-        ]  # fmt: skip
+        command = _srun_command(task, self.number, hosts, self.job_id)
         if self.signals.terminated:
             return
         srun = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -150,6 +135,8 @@ class _Attempt:
                 self._lost = f"{names}: no sign of life for {task.lost_after_s:g} s"
                 self.say(f"{self._lost}; ending the attempt")
                 beats.note_lost(lost)
+                (place / LOST_NAME).touch()
+                beats.wait_for_others(lost, _OTHERS_END_S)
                 _end(srun, task.grace_s)
                 return
             if failed_at is None and any(place.glob("failed-*")):
@@ -186,21 +173,6 @@ class _Attempt:
         if self._ending is None and self.signals.terminated:
             self._ending = ending_of(self.job_id, self.restarts)
         return self._ending
-
-    def _reports(self, hosts: tuple[str, ...]) -> tuple[list[NodeReport], list[str]]:
-        reports, missing = [], []
-        for node, host in enumerate(hosts):
-            path = self.task.attempt_folder(self.number) / f"node-{node}.json"
-            try:
-                values = json.loads(path.read_text())
-            except FileNotFoundError:
-                missing.append(host)
-                continue
-            values["exits"] = tuple(RankExit(**end) for end in values["exits"])
-            for key in ("signals", "lines"):
-                values[key] = tuple(values[key])
-            reports.append(NodeReport(**values))
-        return reports, missing
 
     def _tell(self, reports: list[NodeReport]) -> None:
         failed = [
@@ -245,6 +217,25 @@ class _Attempt:
         at = f" at step {saved}" if saved is not None else ""
         self.say(f"attempt {self.number} {outcome}{at}: {reason}")
         return code
+
+
+def _srun_command(task: Task, number: int, hosts: Sequence[str], job_id: str) -> list[str]:
+    """Return the command that starts one ``launchers.slurm.node`` on every host."""
+    node = [
+        sys.executable, "-P", "-m", "launchers.slurm.node", task.folder, str(number),
+        master_host(task.master_host, hosts[0]), str(port_of(job_id, number)),
+    ]  # fmt: skip
+    # A node that does not see the folder would only say "No module named launchers".
+    check = (
+        'test -r "$0" || { echo "error: $0 is not visible on $(hostname): put the run folder '
+        'on a file system that all nodes see" >&2; exit 2; }; exec "$@"'
+    )
+    return [
+        "srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1",
+        f"--cpus-per-task={task.cpus_per_rank * task.ranks_per_node}",
+        "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", "--export=ALL",
+        "sh", "-c", check, str(task.path / "plan.json"), *node,
+    ]  # fmt: skip
 
 
 def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:

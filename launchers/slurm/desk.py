@@ -23,7 +23,7 @@ from dist_decoder.storage import open_location
 from launchers.slurm.controller import ask
 from launchers.slurm.jobs import Plan, PlannedJob, PlannedTask
 from launchers.slurm.progress import last_metrics
-from launchers.slurm.task import RECORD_NAME
+from launchers.slurm.task import RECORD_NAME, read_record
 
 _LOCAL_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs"}
 _PATIENCE_S = 30.0
@@ -92,11 +92,9 @@ def refuse_living(folder: Path) -> None:
     Raises:
         LaunchError: they are.
     """
-    path = folder / RECORD_NAME
-    if not path.is_file():
+    if not (folder / RECORD_NAME).is_file():
         return
-    ids = [job["id"] for job in json.loads(path.read_text())["jobs"]]
-    alive = living_jobs(ids)
+    alive = living_jobs([job["id"] for job in read_record(folder)])
     if alive:
         raise LaunchError(
             f"{folder} belongs to job {', '.join(alive)}, which is still pending or running: wait, "

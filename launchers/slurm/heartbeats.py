@@ -38,6 +38,13 @@ class Heartbeats:
         for node in nodes:
             write_whole(self._place / f"node-{node}.lost", self._seen[node][0])
 
+    def wait_for_others(self, lost: Sequence[int], limit_s: float) -> None:
+        """Return when all nodes that are not lost have ended, or after ``limit_s``."""
+        end = time.monotonic() + limit_s
+        others = [node for node in self._seen if node not in lost]
+        while time.monotonic() < end and not all(map(self._has_ended, others)):
+            time.sleep(0.2)
+
     def silent_nodes(self, seconds: float) -> list[int]:
         """Return the nodes that ended, or gave no sign of life for so long."""
         return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TextIO
@@ -10,7 +9,7 @@ from typing import TextIO
 from dist_decoder.errors import LaunchError
 from launchers.slurm.ledger import read_attempts
 from launchers.slurm.status import launch_folder
-from launchers.slurm.task import RECORD_NAME, task_folder
+from launchers.slurm.task import read_record, task_folder
 
 _POLL_S = 0.5
 
@@ -63,7 +62,7 @@ def show_logs(
 
 
 def _only_job(folder: Path) -> str:
-    names = [job["name"] for job in json.loads((folder / RECORD_NAME).read_text())["jobs"]]
+    names = [job["name"] for job in read_record(folder)]
     if len(names) > 1:
         raise LaunchError(
             f"this launch has several jobs; choose one with --job: {', '.join(names)}"

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from dist_decoder.errors import FAILURE_FILE_VARIABLE, LaunchError, StoppedError
 from launchers.log_files import Merger, tail
 from launchers.slurm.ledger import current_attempt, write_whole
 from launchers.slurm.rendezvous import is_port_free, rank_environment
-from launchers.slurm.task import Task, read_task
+from launchers.slurm.task import LOST_NAME, Task, read_task
 from launchers.supervise import Child, Exit, Order, Outcome, supervise
 
 HEARTBEAT_S = 1.0
@@ -55,6 +56,22 @@ class NodeReport:
     lines: tuple[str, ...] = field(default=())
     """The last lines of the rank that failed first."""
     exit_code: int = 0
+
+
+def read_reports(place: Path, hosts: Sequence[str]) -> tuple[list[NodeReport], list[str]]:
+    """Return the reports of an attempt, and the hosts that wrote none."""
+    reports, missing = [], []
+    for node, host in enumerate(hosts):
+        try:
+            values = json.loads((place / f"node-{node}.json").read_text())
+        except FileNotFoundError:
+            missing.append(host)
+            continue
+        values["exits"] = tuple(RankExit(**end) for end in values["exits"])
+        for key in ("signals", "lines"):
+            values[key] = tuple(values[key])
+        reports.append(NodeReport(**values))
+    return reports, missing
 
 
 def main(arguments: list[str]) -> int:
@@ -104,6 +121,10 @@ class _Watch:
         if current_attempt(self.task.path) > self.attempt:
             self.fenced = True
             self.reason = "a newer attempt has begun"
+            return Order.KILL
+        if (self.place / LOST_NAME).exists():
+            # Without that node the ranks can save nothing, and most hang in a collective.
+            self.reason = "another node is lost"
             return Order.KILL
         failed = [
             path for path in self.place.glob("failed-*") if path.name != f"failed-{self.node}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from launchers.slurm.controller import ask
 from launchers.slurm.desk import living_jobs
 from launchers.slurm.ledger import Attempt, read_attempts, write_whole
 from launchers.slurm.progress import last_metrics, progress_of
-from launchers.slurm.task import CANCELLED_NAME, LAUNCH_NAME, RECORD_NAME, task_folder
+from launchers.slurm.task import CANCELLED_NAME, LAUNCH_NAME, RECORD_NAME, read_record, task_folder
 
 _PATIENCE_S = 30.0
 
@@ -55,10 +54,10 @@ def launch_folder(run: Path) -> Path:
 def status_of(run: Path) -> tuple[TaskStatus, ...]:
     """Return one entry per task."""
     folder = launch_folder(run)
-    record = json.loads((folder / RECORD_NAME).read_text())
-    states = _states([job["id"] for job in record["jobs"]])
+    jobs = read_record(folder)
+    states = _states([job["id"] for job in jobs])
     found = []
-    for job in record["jobs"]:
+    for job in jobs:
         for task in range(job["tasks"]):
             where = job["runs"][task]
             attempts = tuple(read_attempts(task_folder(folder, job["name"], task)))
@@ -105,11 +104,11 @@ def render(tasks: tuple[TaskStatus, ...]) -> str:
 def cancel_launch(run: Path) -> dict[str, Any]:
     """Cancel all jobs of a launch, and mark them so that none asks for another start."""
     folder = launch_folder(run)
-    record = json.loads((folder / RECORD_NAME).read_text())
-    for job in record["jobs"]:
+    jobs = read_record(folder)
+    for job in jobs:
         for task in range(job["tasks"]):
             write_whole(task_folder(folder, job["name"], task) / CANCELLED_NAME, "")
-    alive = living_jobs([job["id"] for job in record["jobs"]])
+    alive = living_jobs([job["id"] for job in jobs])
     if alive:
         ask(["scancel", *alive], _PATIENCE_S)
     return {"cancelled": alive}

@@ -20,12 +20,15 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_decoder.errors import LaunchError
 
 PLAN_NAME = "plan.json"
 RECORD_NAME = "launch.json"
 CANCELLED_NAME = "cancelled"
+LOST_NAME = "node-lost"
+"""Mark in the folder of an attempt: a node is lost, the others shall kill their ranks."""
 LAUNCH_NAME = "launch"
 """Folder of a launch inside a run folder."""
 
@@ -90,6 +93,12 @@ class Task:
 def task_folder(launch: Path, name: str, index: int) -> Path:
     """Return the folder of a task."""
     return launch / "jobs" / name / f"task-{index:03d}"
+
+
+def read_record(launch: Path) -> list[dict[str, Any]]:
+    """Return what was submitted, one entry per job: name, id, tasks, array, labels, runs."""
+    jobs: list[dict[str, Any]] = json.loads((launch / RECORD_NAME).read_text())["jobs"]
+    return jobs
 
 
 def read_task(folder: Path) -> Task:

@@ -126,3 +126,14 @@ def test_logs_nobody_asked_for_stay_only_after_a_failure(
     with pytest.raises(LaunchError):
         launch_local(LocalConfig(), ["false"], io.BytesIO())
     assert len(list(tmp_path.glob("dist-launch-*/rank-*.log"))) == 2
+
+
+def test_ranks_of_two_simulated_nodes_see_their_numbers(workplace: Workplace) -> None:
+    body = """
+names = ("WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+print(*(os.environ[name] for name in names))
+"""
+    code, _, err = finish(workplace.start(body, "nodes=2", "ranks_per_node=2", ranks=4))
+    assert (code, err) == (0, "")
+    logs = [(workplace.folder / "logs" / f"rank-{rank}.log").read_text() for rank in range(4)]
+    assert logs == ["4 0 0 2\n", "4 0 1 2\n", "4 1 0 2\n", "4 1 1 2\n"]

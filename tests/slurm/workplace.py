@@ -121,6 +121,13 @@ class Workplace:
                 found.append(pid)
         return found
 
+    def mend(self) -> None:
+        """Plug in what a test has cut, and switch on what it has switched off."""
+        for name in self.cluster.names:
+            self.cluster.restore_link(name)
+            if not self.cluster.pids(name):
+                self.cluster.start_node(name)
+
     def output(self) -> str:
         """Return what the batch scripts wrote."""
         return "\n".join(path.read_text() for path in self.folder.glob("**/slurm/*.out"))
@@ -133,6 +140,7 @@ class Workplace:
         raise AssertionError(f"attempt {attempt} made no step")
 
     def close(self) -> None:
+        self.mend()
         self.cluster.run("scancel", "--user=root", check=False)
         wait_until(
             lambda: not self.cluster.run("squeue", "--noheader", check=False),
