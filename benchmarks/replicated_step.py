@@ -233,8 +233,8 @@ def work() -> None:
     os._exit(0)
 
 
-def start(ranks: int) -> None:
-    """Start the ranks and wait for them."""
+def start(ranks: int, script: str, *arguments: str) -> str:
+    """Run a script as that many ranks and return what the first prints."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -247,9 +247,14 @@ def start(ranks: int) -> None:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{Path(__file__).parent}",
         }  # fmt: skip
-        running.append(subprocess.Popen([sys.executable, __file__, "--work"], env=environment))
-    if any(process.wait() for process in running):
+        command = [sys.executable, script, *arguments]
+        running.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
         raise SystemExit("a rank failed")
+    return outputs[0]
 
 
 def main() -> None:
@@ -261,7 +266,8 @@ def main() -> None:
         work()
         return
     for ranks in chosen.ranks:
-        start(ranks)
+        sys.stdout.write(start(ranks, __file__, "--work"))
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

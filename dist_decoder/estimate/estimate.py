@@ -10,9 +10,11 @@ Memory of a rank, bytes, by ZeRO stage:
 0     wP + wQ + state + ends/N + a
 1     wP + wQ + state/N + ends/N + a
 2     wP + wQ/N + state/N + bucket + ends/N + a
-3     wP/N + wQ/N + state/N + bucket + largest layer + ends/N + a
+3     wP/N + wQ/N + state/N + bucket + gathered + ends/N + a
 ====  ===========================================================
 
+``gathered`` is what stage 3 has gathered at once: all weights that a step computes with where they
+stay from the forward to the backward pass (``estimate.traffic``), else the largest parameter.
 ``state`` is Adam's two moments, 8Q; 4Q for a running average; 4Q for float32 masters wherever the
 weights are not themselves the masters (bf16, and every stage above 0), and another 4Q for float32
 gradients in bf16 at stage 0. ``ends`` is wp and 4q for gradients, 8q for moments, 4q each for a
@@ -29,7 +31,7 @@ from dist_decoder.config.adapt import AdaptConfig
 from dist_decoder.config.estimate import AdaptedPart, EncoderSizes, EstimateConfig
 from dist_decoder.config.train import TrainConfig
 from dist_decoder.data.sources import choose_subjects
-from dist_decoder.estimate.traffic import communication
+from dist_decoder.estimate.traffic import communication, stays_gathered
 from dist_decoder.estimate.walk import Walk, empty_decoder, walk
 from dist_decoder.manifest import read_manifest
 from dist_decoder.nn.decoder import Decoder
@@ -68,7 +70,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
         "flops_per_sample": step.flops // share,
         "bytes_per_sample": _sample_bytes(config, decoder),
         "memory_bytes_per_rank": _memory(config, decoder, step),
-        "communication_bytes_per_step": communication(config, decoder),
+        "communication_bytes_per_step": communication(config, decoder, step),
         "checkpoint_bytes": _FLOAT * (kinds * trained + frozen),
         "adapter_bytes": _FLOAT * trained if config.adapt is not None else 0,
     }
@@ -170,12 +172,14 @@ def _memory(config: EstimateConfig, decoder: Decoder, step: Walk) -> dict[str, i
     moments = (12 if config.ema else 8) * trained
     masters = _FLOAT * trained
     bucket = width * min(BUCKET_ELEMENTS, trained)
-    largest = width * max(parameter.numel() for parameter in decoder.middle.parameters())
+    live = width * step.used
+    if not stays_gathered(config, step):
+        live = width * max(parameter.numel() for parameter in decoder.middle.parameters())
     sizes = {
         "0": weights + gradients + moments + (2 * masters if narrow else 0),
         "1": weights + gradients + (moments + masters) // ranks,
         "2": weights + (gradients + moments + masters) // ranks + bucket,
-        "3": (weights + gradients + moments + masters) // ranks + bucket + largest,
+        "3": (weights + gradients + moments + masters) // ranks + bucket + live,
     }
     held, learned = _sizes(decoder.ends)
     state = learned * (_FLOAT + (12 if config.ema else 8) + (_FLOAT if narrow else 0))

@@ -1,8 +1,9 @@
 """What a rank sends to the others in one training step.
 
 R ranks, B samples of the global batch, b = B / R; V voxels (mean over subjects), L latents, T D
-tokens, E pooled width; M parameters of the middle, of which m are trained; w bytes of a weight. A
-ring sends n (R-1)/R in a gathering or a reduction of n bytes in all, and twice that in a sum that
+tokens, E pooled width; m trained parameters of the middle, u those that a step computes with, s
+other ones of at most 100,000 elements, which stage 3 gathers after every step; w bytes of a weight.
+A ring sends n (R-1)/R in a gathering or a reduction of n bytes in all, and twice that in a sum that
 every rank gets.
 
 =====================================================  =====================================
@@ -13,32 +14,49 @@ tokens of own samples, and back (prior, token_mse)     2 w b T D (R-1)/R
 targets' tokens (contrastive terms on tokens)          w b T D (R-1)/R
 similarities of each such term                         8 (B^2 + 2 B) (R-1)/R
 pooled predictions and targets                         8 b E (R-1)
-middle, stages 0 to 2; stage 3                         2 w m (R-1)/R; w (2 M + m) (R-1)/R
+middle, stages 0 to 2; stage 3                         2 w m (R-1)/R; w (g u + s + m) (R-1)/R
 =====================================================  =====================================
+
+g is 1 where 2 u (3 u with recomputation) is below a billion: DeepSpeed then keeps what it gathered
+in the forward pass until the backward pass is through with it, which costs memory (see
+``estimate``); else 2, at most. The first step, and the one after a validation, gather twice too:
+DeepSpeed learns the order of the layers again.
 """
 
 from __future__ import annotations
 
 from dist_decoder.config.estimate import EstimateConfig
 from dist_decoder.config.loss import LossConfig
+from dist_decoder.estimate.walk import Walk
 from dist_decoder.nn.decoder import Decoder
+from dist_decoder.train.zero import REUSE_ELEMENTS
 
 _FLOAT = 4
 _HALF = 2
 
 
-def communication(config: EstimateConfig, decoder: Decoder) -> dict[str, int]:
+def communication(config: EstimateConfig, decoder: Decoder, step: Walk) -> dict[str, int]:
     """Return the bytes that a rank sends per step, by ZeRO stage."""
     ranks = config.ranks
     width = _HALF if config.engine.precision != "fp32" else _FLOAT
     middle = list(decoder.middle.parameters())
-    total = sum(p.numel() for p in middle)
     trained = sum(p.numel() for p in middle if p.requires_grad)
     whole = sum(p.numel() for n, p in decoder.ends.named_parameters() if _is_summed(n, p))
     ends = ends_traffic(config, decoder) + 2 * _FLOAT * whole * (ranks - 1) // ranks
     reduced = 2 * width * trained * (ranks - 1) // ranks
-    gathered = width * (2 * total + trained) * (ranks - 1) // ranks
+    times = 1 if stays_gathered(config, step) else 2
+    gathered = width * (times * step.used + step.resting + trained) * (ranks - 1) // ranks
     return {stage: ends + (gathered if stage == "3" else reduced) for stage in "0123"}
+
+
+def stays_gathered(config: EstimateConfig, step: Walk) -> bool:
+    """Return whether stage 3 keeps what it gathers in the forward pass for the backward pass.
+
+    Between the two uses of the first layer lie all weights of a forward and a backward pass, and
+    those of the recomputation.
+    """
+    passes = 3 if config.engine.checkpoint_prior else 2
+    return passes * step.used < REUSE_ELEMENTS
 
 
 def ends_traffic(config: EstimateConfig, decoder: Decoder) -> int:

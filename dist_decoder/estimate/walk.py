@@ -6,10 +6,12 @@ Axes: B samples of one rank, V voxels, T tokens, D token width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from dist_decoder.config.estimate import EstimateConfig
 from dist_decoder.config.loss import LossConfig
@@ -17,6 +19,7 @@ from dist_decoder.estimate.live_bytes import LiveBytes
 from dist_decoder.nn.decoder import Decoder
 from dist_decoder.nn.keyed import SampleKeys
 from dist_decoder.nn.lora import add_lora
+from dist_decoder.train.zero import PERSISTENT_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Walk:
     """Most that activations and gradients hold at once."""
     gradient_bytes: int
     """What is left after the backward pass."""
+    used: int
+    """Elements of the middle's weights that the forward pass computes with."""
+    resting: int
+    """Elements of the middle's small weights that it does not use."""
 
 
 def empty_decoder(config: EstimateConfig) -> tuple[Decoder, int]:
@@ -57,6 +64,7 @@ def walk(decoder: Decoder, loss: LossConfig, batch_size: int) -> Walk:
     dtype = next(decoder.parameters()).dtype
     num_voxels = next(iter(decoder.ridge.num_voxels.values()))
     decoder.zero_grad(set_to_none=True)
+    used, hooks = _watched(decoder)
     with LiveBytes() as memory, FlopCounterMode(display=False) as operations:
         voxels_BV = torch.empty(batch_size, num_voxels, device="meta", dtype=dtype)
         target_BTD = None
@@ -70,7 +78,21 @@ def walk(decoder: Decoder, loss: LossConfig, batch_size: int) -> Walk:
         del total, voxels_BV, target_BTD
         gradients = memory.now
     decoder.zero_grad(set_to_none=True)
-    return Walk(flops, memory.peak, gradients)
+    for hook in hooks:
+        hook.remove()
+    sizes = {id(p): p.numel() for p in decoder.middle.parameters()}
+    small = (n for key, n in sizes.items() if key not in used and n <= PERSISTENT_ELEMENTS)
+    return Walk(flops, memory.peak, gradients, sum(sizes[key] for key in used), sum(small))
+
+
+def _watched(decoder: Decoder) -> tuple[set[int], list[RemovableHandle]]:
+    """Return the ids of the middle's parameters whose modules run from now on, and the hooks."""
+    used: set[int] = set()
+
+    def note(module: nn.Module, arguments: Any) -> None:
+        used.update(id(p) for p in module.parameters(recurse=False))
+
+    return used, [m.register_forward_pre_hook(note) for m in decoder.middle.modules()]
 
 
 def training_loss(
@@ -97,7 +119,7 @@ def _outputs(decoder: Decoder, loss: LossConfig) -> tuple[str, ...]:
     wanted = ["pooled"]
     if decoder.has_prior and loss.prior:
         wanted.append("prior")
-    if loss.token_contrastive:
+    if loss.trains_projector:
         wanted.append("retrieval")
     if decoder.middle.low_level is not None and (loss.low_level_l1 or loss.low_level_contrastive):
         wanted.append("low_level")

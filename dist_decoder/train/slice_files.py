@@ -27,6 +27,9 @@ CHUNK_ELEMENTS = 1 << 22
 """At most 16 MiB: small enough to read for its sake, large enough for a fast disk."""
 FILE_ELEMENTS = 1 << 26
 """A file is closed at 256 MiB, so that an object store takes it in one go."""
+JOINED_BYTES = 8 << 20
+"""Small chunks that lie together in an object are read together up to this size."""
+_HELD_GROUPS = 16
 _BYTES = 4
 _ALIGNMENT = 8
 
@@ -115,27 +118,68 @@ def _write_file(storage: Storage, file: str, chunks: list[Slice]) -> list[Entry]
     return entries
 
 
-def read_chunk(storage: Storage, entry: Entry) -> Tensor:
-    """Return the (count,) float32 values of a chunk, checked.
+class JoinedChunks:
+    """Chunks one by one; out of an object store small neighbours in a file come with one request.
 
-    Raises:
-        CheckpointError: the file is missing, shorter than it should be, or was changed.
+    What comes together is held until ``_HELD_GROUPS`` others came: a parameter that is cut lies in
+    the files of all ranks, which are read in turns. Every chunk is checked when it is asked for.
     """
-    try:
-        data = storage.read_range(entry.file, entry.offset, _BYTES * entry.size)
-    except StorageError as error:
-        if storage.path is None and not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        raise CheckpointError(
-            f"{storage.describe()}: {entry.file} is missing or truncated ({error}); "
-            f"{_remedy(storage)}"
-        ) from error
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise CheckpointError(
-            f"{storage.describe()}: {entry.file} was changed (sha256 of {entry.kind} of "
-            f"{entry.name} from element {entry.start} differs); {_remedy(storage)}"
-        )
-    return torch.from_numpy(np.frombuffer(bytearray(data), dtype="<f4"))
+
+    def __init__(self, storage: Storage, entries: Iterable[Entry]) -> None:
+        """Divide the entries into groups; nothing is read."""
+        self._storage = storage
+        self._group_of: dict[Entry, list[Entry]] = {}
+        group: list[Entry] = []
+        for entry in sorted(entries, key=lambda one: (one.file, one.offset)):
+            stop = entry.offset + _BYTES * entry.size
+            joins = (
+                storage.path is None
+                and group
+                and group[0].file == entry.file
+                and stop - group[0].offset <= JOINED_BYTES
+            )
+            group = group if joins else []
+            group.append(entry)
+            self._group_of[entry] = group
+        self._held: dict[Entry, dict[Entry, memoryview]] = {}
+        """First chunk of a group -> bytes of all its chunks, oldest first."""
+
+    def read(self, entry: Entry) -> Tensor:
+        """Return the (count,) float32 values of a chunk, checked.
+
+        Raises:
+            CheckpointError: the file is missing, shorter than it should be, or was changed.
+        """
+        group = self._group_of[entry]
+        found = self._held.get(group[0])
+        if found is None:
+            found = self._fetch(group)
+            if len(group) > 1:
+                while len(self._held) >= _HELD_GROUPS:
+                    del self._held[next(iter(self._held))]
+                self._held[group[0]] = found
+        data = found[entry]
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise CheckpointError(
+                f"{self._storage.describe()}: {entry.file} was changed (sha256 of {entry.kind} of "
+                f"{entry.name} from element {entry.start} differs); {_remedy(self._storage)}"
+            )
+        return torch.from_numpy(np.frombuffer(bytearray(data), dtype="<f4"))
+
+    def _fetch(self, group: list[Entry]) -> dict[Entry, memoryview]:
+        storage, first, last = self._storage, group[0], group[-1]
+        size = last.offset + _BYTES * last.size - first.offset
+        try:
+            data = memoryview(storage.read_range(first.file, first.offset, size))
+        except StorageError as error:
+            if storage.path is None and not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise CheckpointError(
+                f"{storage.describe()}: {first.file} is missing or truncated ({error}); "
+                f"{_remedy(storage)}"
+            ) from error
+        begins = {one: one.offset - first.offset for one in group}
+        return {one: data[begin : begin + _BYTES * one.size] for one, begin in begins.items()}
 
 
 def _remedy(storage: Storage) -> str:
@@ -155,13 +199,14 @@ class ChunkReader:
         for key, found in self._of.items():
             found.sort(key=lambda entry: entry.start)
             self._starts[key] = [entry.start for entry in found]
+        self._chunks = JoinedChunks(storage, [one for found in self._of.values() for one in found])
         self._last: tuple[Entry, Tensor] | None = None
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         """Return the elements [start, start + count) as (count,) float32.
 
         Raises:
-            CheckpointError: no chunk holds some of them, or see ``read_chunk``.
+            CheckpointError: no chunk holds some of them, or see ``JoinedChunks.read``.
         """
         values_n = torch.empty(count)
         entries, starts = self._of.get((name, kind), []), self._starts.get((name, kind), [])
@@ -184,5 +229,5 @@ class ChunkReader:
     def _chunk(self, entry: Entry) -> Tensor:
         # Two partitions that meet inside a chunk are asked for one after the other.
         if self._last is None or self._last[0] is not entry:
-            self._last = (entry, read_chunk(self._storage, entry))
+            self._last = (entry, self._chunks.read(entry))
         return self._last[1]

@@ -23,7 +23,7 @@ from dist_decoder.train.places import (
     steps_of,
 )
 from dist_decoder.train.retention import best_of, read_scores
-from dist_decoder.train.slice_files import Entry, read_chunk
+from dist_decoder.train.slice_files import Entry, JoinedChunks
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,13 @@ def verify(place: Place) -> dict[str, Any]:
         check_cover(reader.index, str(place))
     except CheckpointError as error:
         problems.append(str(error))
-    storage = open_place(place)
+    chunks = JoinedChunks(open_place(place), reader.index.entries)
     damaged: dict[str, str] = {}
     for entry in sorted(reader.index.entries, key=_in_file_order):
         if entry.file in damaged:
             continue
         try:
-            read_chunk(storage, entry)
+            chunks.read(entry)
         except CheckpointError as error:
             damaged[entry.file] = str(error)
     problems += damaged.values()

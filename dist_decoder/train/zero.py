@@ -14,6 +14,10 @@ from dist_decoder.config.optim import OptimConfig
 
 _BUCKET_ELEMENTS = 50_000_000
 """Elements per reduction; stages 1-3 hold one buffer of this size."""
+PERSISTENT_ELEMENTS = 100_000
+"""Stage 3 leaves smaller parameters whole on every rank, and gathers them after every step."""
+REUSE_ELEMENTS = 10**9
+"""Stage 3 keeps a gathered parameter that is needed again within so many elements."""
 _NEVER = 10**9
 
 
@@ -43,6 +47,9 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, world_size: int) 
             "allgather_bucket_size": _BUCKET_ELEMENTS,
             # As shipped, stages 1 and 2 all-reduce whole buckets: 1.5 times the bytes.
             "use_multi_rank_bucket_allreduce": False,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+            "stage3_max_reuse_distance": REUSE_ELEMENTS,
+            "stage3_max_live_parameters": REUSE_ELEMENTS,
         },
     }
     if engine.precision == "fp16":

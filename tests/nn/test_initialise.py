@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dist_decoder.config.train import BackboneConfig, LoraConfig, ModelConfig, PriorConfig
+from dist_decoder.config.adapt import LoraConfig
+from dist_decoder.config.model import BackboneConfig, ModelConfig, PriorConfig
 from dist_decoder.cuts import chunk_of
 from dist_decoder.dist import World
 from dist_decoder.nn import initialise as module

@@ -61,15 +61,20 @@ def in_child(work: Callable[[], None], after: Callable[[int], None] | None = Non
 
 
 def train(folder: Path, options: dict[str, Any]) -> None:
-    """Train once whole, and once with a kill at every step that is named."""
+    """Train once whole, and once with a kill at every step that is named.
+
+    With ``location`` checkpoints go below it, into ``whole`` and ``parts``.
+    """
     engine = EngineConfig(device="cpu", **options["engine"])
+    location = options.get("location")
 
     def run(name: str, at: int | None) -> None:
         world = dist.start("cpu", timeout_s=60)
         changes: dict[str, Any] = {
             "steps": STEPS, "engine": engine, "optim": {"ema_decay": 0.9},
-            "checkpoint": CheckpointConfig(every_steps=3),
         }  # fmt: skip
+        place = f"{location}/{name}" if location else None
+        changes["checkpoint"] = CheckpointConfig(every_steps=3, location=place)
         if at is not None:
             changes["batches"] = lambda step, needed: Suicidal(step, at)
         fit(made_job(folder / name, world, **changes), world)

@@ -13,7 +13,7 @@ from made_terms import SMALL, made_classes, made_decoder, whole_batch
 from torch import Tensor
 
 from dist_decoder import dist
-from dist_decoder.config.train import LossConfig
+from dist_decoder.config.loss import LossConfig
 from dist_decoder.cuts import chunk_of
 from dist_decoder.data.order import own_positions
 from dist_decoder.dist import World, gather_rows, sum_over_ranks

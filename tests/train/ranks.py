@@ -39,7 +39,7 @@ def start_ranks(world_size: int, script: str, *arguments: str) -> list[subproces
     return processes
 
 
-def run_ranks(world_size: int, script: str, *arguments: str, timeout_s: float = 120) -> str:
+def run_ranks(world_size: int, script: str, *arguments: str, timeout_s: float = 300) -> str:
     """Run the ranks to their end and return what they printed; an error fails the test."""
     processes = start_ranks(world_size, script, *arguments)
     outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]

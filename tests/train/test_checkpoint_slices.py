@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from dist_decoder.dist import World
 from dist_decoder.errors import CheckpointError, SupersededError
-from dist_decoder.storage import LocalStorage
+from dist_decoder.storage import LocalStorage, Storage, open_location
 from dist_decoder.train import retention, slice_files
 from dist_decoder.train.canonical import (
     StateReader,
@@ -22,6 +22,7 @@ from dist_decoder.train.canonical import (
 )
 from dist_decoder.train.fence import Fence
 from dist_decoder.train.places import checkpoints_of, point_to
+from dist_decoder.train.slice_files import ChunkReader, JoinedChunks, write_slices
 from dist_decoder.train.slices import Slice
 from dist_decoder.train.survey import choose, list_checkpoints, verify
 
@@ -173,3 +174,49 @@ def test_a_pointer_leads_to_the_checkpoints(tmp_path: Path) -> None:
     assert checkpoints_of(run) == [elsewhere / "step-0000003"]
     with pytest.raises(CheckpointError, match="has checkpoints already"):
         point_to(run, str(tmp_path / "third"))
+
+
+class Remote:
+    """A folder that is read as an object store: without a path, and counting its requests."""
+
+    path = None
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.sizes: list[int] = []
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        self.sizes.append(size)
+        return self._storage.read_range(name, offset, size)
+
+    def describe(self) -> str:
+        return "remote"
+
+
+def test_small_neighbours_are_read_together_up_to_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_location(tmp_path)
+    slices = [
+        Slice(f"p{number}", kind, 0, (10,), torch.full((10,), float(number)))
+        for number in range(9)
+        for kind in ("master", "exp_avg")
+    ]
+    entries = write_slices(folder, "x", slices)
+    monkeypatch.setattr(slice_files, "JOINED_BYTES", 5 * 40)
+    remote = Remote(folder)
+    reader = ChunkReader(remote, entries)  # type: ignore[arg-type]
+    for piece in slices:
+        assert torch.equal(reader.read(piece.name, piece.kind, 0, 10), piece.values_n)
+    assert remote.sizes == [200, 200, 200, 120]
+    assert float(reader.read("p0", "master", 0, 1)) == 0
+    assert len(remote.sizes) == 4
+    # More groups than are held: the oldest is read again.
+    monkeypatch.setattr(slice_files, "_HELD_GROUPS", 2)
+    fewer = ChunkReader(remote, entries)  # type: ignore[arg-type]
+    for name in ("p0", "p1", "p3", "p1", "p6", "p0"):
+        fewer.read(name, "exp_avg", 0, 10)
+    assert len(remote.sizes) == 4 + 4
+    local = JoinedChunks(folder, entries)
+    assert torch.equal(local.read(entries[3]), slices[3].values_n)
+    assert not local._held

@@ -14,7 +14,8 @@ from made_job import SUBJECTS, made_job
 from made_rows import made_rows
 
 from dist_decoder import dist
-from dist_decoder.config.train import CheckpointConfig, EngineConfig, LogConfig
+from dist_decoder.config.engine import EngineConfig
+from dist_decoder.config.run import CheckpointConfig, LogConfig
 from dist_decoder.dist import World
 from dist_decoder.train import loop, validate
 from dist_decoder.train.engine import Engine
