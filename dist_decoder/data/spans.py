@@ -38,6 +38,9 @@ class Slot:
         return len(self.header) + len(self.values)
 
 
+Slots = Mapping[Wanted, Slot | None]
+
+
 @dataclass(slots=True)
 class Span:
     """Bytes of a tar that are read at once, the headers of its members included."""
@@ -81,6 +84,19 @@ def joined(places: Mapping[Wanted, tuple[int, int]]) -> list[Span]:
         else:
             spans.append(Span(start, stop, [item]))
     return spans
+
+
+def around_slots(data: memoryview, span: Span, places: Places, slots: Slots) -> list[memoryview]:
+    """Return where the bytes of a span go: into slots of their size, everything else to ``data``"""
+    buffers, done = [], 0
+    for item in span.members:
+        slot = slots.get(item)
+        offset, size = places[item]
+        if slot is not None and slot.num_bytes == size:
+            begin = offset - span.start + len(slot.header)
+            buffers += [data[done:begin], slot.values]
+            done = begin + len(slot.values)
+    return [*buffers, data[done:]] if done < len(data) else buffers
 
 
 def in_blocks(size: int) -> int:

@@ -6,7 +6,7 @@ Reads of neighbouring members are joined. Nothing is unpacked and nothing is unp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,9 +19,9 @@ from dist_decoder.data.sources import Shard
 from dist_decoder.data.spans import (
     HEADER_BYTES,
     Places,
-    Slot,
-    Span,
+    Slots,
     Wanted,
+    around_slots,
     in_blocks,
     joined,
     places_of,
@@ -37,7 +37,6 @@ _FETCHES = 3
 _LONG_READ_BYTES = 256 * 1024
 """Reads of this size are announced to the system before the first one is waited for."""
 
-Slots = Mapping[Wanted, Slot | None]
 Found = tuple[Wanted, memoryview | None]
 """A member, and its bytes unless they went to its slot."""
 Memory = Callable[[int], memoryview]
@@ -175,7 +174,7 @@ class TarReader:
         for span in plan.spans:
             # What goes to slots leaves holes: everything else stands where it stands in the tar.
             data = memory(span.stop - span.start)
-            self.files.read(file, shard, span.start, _around_slots(data, span, places, slots))
+            self.files.read(file, shard, span.start, around_slots(data, span, places, slots))
             for item in span.members:
                 offset, size = places[item]
                 begin = offset - span.start
@@ -289,19 +288,6 @@ class TarReader:
 
 def _fresh(size: int) -> memoryview:
     return np.empty(size, np.uint8).data
-
-
-def _around_slots(data: memoryview, span: Span, places: Places, slots: Slots) -> list[memoryview]:
-    """Return where the bytes of a span go: into slots of their size, everything else to ``data``"""
-    buffers, done = [], 0
-    for item in span.members:
-        slot = slots.get(item)
-        offset, size = places[item]
-        if slot is not None and slot.num_bytes == size:
-            begin = offset - span.start + len(slot.header)
-            buffers += [data[done:begin], slot.values]
-            done = begin + len(slot.values)
-    return [*buffers, data[done:]] if done < len(data) else buffers
 
 
 def _require_crc32(shard: Shard, item: Wanted, pieces: Iterable[memoryview]) -> None:
