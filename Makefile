@@ -124,7 +124,8 @@ format: $(INSTALLED)  ## let ruff mend what it can
 
 # Some need a folder, a run, or a server, which their --help names; and some files are their parts.
 BENCHMARKS := $(addprefix benchmarks/, fit_table.py ingest_nsd_session.py shard_layout.py loader.py \
-  peak_memory.py loss_memory.py replicated_step.py train_step.py checkpoint_stall.py)
+  peak_memory.py loss_memory.py rank_memory.py accumulate_memory.py replicated_step.py train_step.py \
+  checkpoint_stall.py write_speed.py)
 bench: $(INSTALLED)  ## run the benchmarks; figures go to stdout
 	for benchmark in $(BENCHMARKS); do PYTHONPATH=. $(PYTHON) "$$benchmark"; done
 
