@@ -7,9 +7,11 @@ forked child that asks waits for ever.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import importlib
 import os
 import threading
+import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from datetime import timedelta
@@ -21,6 +23,8 @@ from dist_decoder.errors import StorageError
 
 ResultT = TypeVar("ResultT")
 
+_LEAVE_S = 0.05
+"""What obstore's threads need to be done with Python's objects after their last answer."""
 _lock = threading.Lock()
 _serving: tuple[int, asyncio.AbstractEventLoop] | None = None
 """(process, loop) that obstore was first used with."""
@@ -112,7 +116,9 @@ def _loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if _serving is None:
             loop = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, name="object store", daemon=True).start()
+            thread = threading.Thread(target=loop.run_forever, name="object store", daemon=True)
+            thread.start()
+            atexit.register(_leave, os.getpid(), loop, thread)
             _serving = (os.getpid(), loop)
         elif _serving[0] != os.getpid():
             raise StorageError(
@@ -120,3 +126,24 @@ def _loop() -> asyncio.AbstractEventLoop:
                 " does not survive that; start workers with the method 'spawn' or 'forkserver'"
             )
         return _serving[1]
+
+
+def _leave(process: int, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """End requests and the event loop before Python takes itself down.
+
+    A thread of obstore that still wants the interpreter then would abort the process, after its
+    work was done well.
+    """
+    if process != os.getpid() or not thread.is_alive():
+        return
+
+    async def end() -> None:
+        work = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(end(), loop)
+    thread.join(timeout=5)
+    time.sleep(_LEAVE_S)

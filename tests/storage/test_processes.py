@@ -6,7 +6,7 @@ import subprocess
 import sys
 from multiprocessing.connection import Connection
 
-from scripted_server import Scripted
+from scripted_server import Fault, Scripted
 
 from dist_decoder.errors import StorageError
 from dist_decoder.storage import Storage, open_location
@@ -60,3 +60,19 @@ def test_a_fork_before_the_first_use_works(server: Scripted) -> None:
         [sys.executable, "-c", code], timeout=60, env=dict(os.environ), capture_output=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_ends_with_requests_under_way_ends_well(server: Scripted) -> None:
+    server.objects["/bucket/one"] = b"12"
+    server.script = lambda number, method, path: Fault(delay_s=0.3) if number % 2 else None
+    code = (
+        "from dist_decoder.storage import open_location\n"
+        "storage = open_location('s3://bucket')\n"
+        "storage.read('one')\n"
+        "asked = [storage.ask_for_ranges('one', [(0, 2)]) for _ in range(50)]\n"
+        "asked[0].result()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], timeout=60, env=dict(os.environ), capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
