@@ -11,7 +11,7 @@ from made_store import put_dataset, random_images, tree_bytes
 from numpy.testing import assert_array_equal
 
 from data_tools.datasets.protocol import Stimulus
-from data_tools.embed import round_to_half, embed
+from data_tools.embed import embed, round_to_half
 from data_tools.embedding_store import EmbeddingStore
 from data_tools.embedding_writer import finite_rows
 from data_tools.store import Store
