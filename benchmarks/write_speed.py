@@ -1,5 +1,6 @@
 """Write embeddings, synthetic responses and shards, against a raw write of the same bytes.
 
+    python benchmarks/write_speed.py
     python benchmarks/write_speed.py --place FOLDER
     python tests/object_store/gateway.py python benchmarks/write_speed.py --place s3://shards/speed
 
@@ -172,14 +173,17 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 def main() -> None:
     """Measure the three verbs at one place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--place", required=True, help="folder or URL below which is written")
+    parser.add_argument(
+        "--place", help="folder or URL below which is written; a temporary folder without it"
+    )
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("embed", "synthesise", "shard"))
     given = parser.parse_args()
     made = NoiseEncoder()
     embedding.open_encoder = shard_plan.open_encoder = lambda _: made  # type: ignore[assignment]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as own_place:
+        written_to = given.place or own_place
         common = {
             "output": folder,
             "datasets": [{"name": "custom", "path": ".", "as_name": "lab"}],
@@ -189,14 +193,14 @@ def main() -> None:
         make_store(local, given.images)
         split(local)
         if given.only in (None, "embed"):
-            place = join_location(given.place, "derived")
+            place = join_location(written_to, "derived")
             config = validate(DataConfig, {**common, "derived_url": str(place)}, "benchmark")
             measure("embed", config, place, lambda: embedding.embed(config), given.rounds)
         if given.only in (None, "synthesise"):
             generator = np.random.default_rng(2)
             size = (REPETITIONS * given.images, NUM_VOXELS)
             responses_nV = generator.standard_normal(size, dtype=np.float32)
-            spread_V, place = responses_nV[0], join_location(given.place, "rows")
+            spread_V, place = responses_nV[0], join_location(written_to, "rows")
             rows = [{"source_image": f"lab:{n}"} for n in range(len(responses_nV))]
             measure(
                 "synthesise",
@@ -207,7 +211,7 @@ def main() -> None:
             )
         if given.only in (None, "shard"):
             embedding.embed(local)
-            place = join_location(given.place, "shards")
+            place = join_location(written_to, "shards")
             config = validate(DataConfig, {**common, "shards_url": str(place)}, "benchmark")
             measure("shard", config, place, lambda: shard(config), given.rounds)
 

@@ -167,14 +167,22 @@ def _encode(
         if encoder.reads == "images":
             pooled_BE, tokens_BTD = _encode_pictures(store, encoder, batch)
             if tokens_MTD is not None and tokens_BTD is not None:
-                # Out of float16's range becomes infinity, which the writer refuses by name.
-                with np.errstate(over="ignore"):
-                    tokens_MTD[rows] = tokens_BTD
+                round_to_half(tokens_BTD, tokens_MTD[rows])
         else:
             pooled_BE = _encode_labels(store, encoder, batch)
         pooled_ME[rows] = pooled_BE
         counter.advance(len(batch))
     return pooled_ME, tokens_MTD
+
+
+def round_to_half(values: NDArray[np.float32], result: NDArray[np.float16]) -> None:
+    """Round to the nearest, ties to even, as numpy does, which takes nine times as long.
+
+    Out of float16's range becomes infinity, which the writer refuses by name.
+    """
+    import torch
+
+    torch.from_numpy(result).copy_(torch.from_numpy(values))
 
 
 def _encode_pictures(

@@ -110,7 +110,7 @@ class EmbeddingStore:
                 f"{len(missing)} images have no embedding of {self.encoder_id}, the first is "
                 f"{missing[0]!r}; run `data-tools embed`"
             )
-        rows, inverse = np.unique([self._row[uid] for uid in uids], return_inverse=True)
+        rows = np.array([self._row[uid] for uid in uids], dtype=np.intp)
         where = f"{self.storage.describe()}/{name}"
         try:
             # Kept: opening asks an object store once more for each batch.
@@ -123,7 +123,7 @@ class EmbeddingStore:
         # each row that is there was compared with its checksum.
         if np.isnan(values[:, 0] if values.ndim == 2 else values[:, 0, 0]).any():
             raise FormatError(f"{where} lacks rows: a file is missing: {REMEDY}")
-        return values[inverse]
+        return values
 
 
 def embeddings_location(

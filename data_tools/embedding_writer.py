@@ -142,7 +142,7 @@ class EmbeddingWriter:
             if rows is None or rows.shape != (len(unit), *shape):
                 found = None if rows is None else rows.shape
                 raise DataError(f"{name} have shape {found}, expected {(len(unit), *shape)}")
-            finite = np.isfinite(rows).reshape(len(unit), -1).all(axis=1)
+            finite = finite_rows(rows)
             if not finite.all():
                 source = self.sources[unit.start + int(np.argmin(finite))]
                 raise DataError(
@@ -174,6 +174,16 @@ class EmbeddingWriter:
         }
         self.storage.write("uids.json", json_bytes(header))
         self._markers.clear()
+
+
+def finite_rows(values: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Return of each row whether all its numbers are finite."""
+    flat = values.reshape(len(values), -1)
+    if flat.dtype != np.float16:
+        return np.isfinite(flat).all(axis=1)
+    # By the bits, which takes a third of the time: the exponent of infinity and NaN is the largest.
+    bits = flat.view(np.uint16) & np.uint16(0x7FFF)
+    return np.asarray(bits.max(axis=1, initial=0) < 0x7C00)
 
 
 def _held(storage: Storage) -> list[Source]:

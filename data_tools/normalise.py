@@ -31,6 +31,7 @@ LEAKS = {
 
 _MIN_ROWS = 2
 """Fewer training rows give no SD."""
+_PIECE_VOXELS = 256
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class VoxelStatistics:
                 f"betas have shape {betas_NV.shape}; {len(trials)} trials and"
                 f" {self.subject_mean_V.size} voxels are needed"
             )
-        result = np.zeros(betas_NV.shape, dtype=np.float32)
+        result = np.empty(betas_NV.shape, dtype=np.float32)
         names = unit_names(trials, self.normalise)
         for name in dict.fromkeys(names.tolist()):
             if name not in self._rows:
@@ -80,10 +81,13 @@ class VoxelStatistics:
             rows = names == name
             unit = self._rows[name]
             alive_V = self.std_UV[unit] > 0
-            part = betas_NV[np.ix_(rows, alive_V)]
-            z = (part - self.mean_UV[unit, alive_V]) / self.std_UV[unit, alive_V]
+            z_nV = betas_NV[rows] - self.mean_UV[unit]
+            z_nV /= np.where(alive_V, self.std_UV[unit], 1)
+            z_nV[:, ~alive_V] = 0
             # A voxel that lives in other sessions may be invalid in one of a fallback.
-            result[np.ix_(rows, alive_V)] = np.nan_to_num(z, nan=0.0)
+            if not np.isfinite(z_nV).all():
+                np.nan_to_num(z_nV, copy=False, nan=0.0)
+            result[rows] = z_nV
         return result
 
 
@@ -173,13 +177,10 @@ class _Moments:
 
     @staticmethod
     def of(values_NV: NDArray[np.float32]) -> _Moments:
-        values = values_NV.astype(np.float64)
-        valid_NV = ~np.isnan(values)
-        count_V = valid_NV.sum(axis=0).astype(np.float64)
-        safe_V = np.maximum(count_V, 1)
-        mean_V = np.where(valid_NV, values, 0).sum(axis=0) / safe_V
-        squares_V = np.where(valid_NV, (values - mean_V) ** 2, 0).sum(axis=0)
-        return _Moments(len(values), count_V, np.where(count_V > 0, mean_V, np.nan), squares_V)
+        # Some voxels at a time, whose float64 stay in the cache.
+        pieces = np.array_split(values_NV, -(-values_NV.shape[1] // _PIECE_VOXELS) or 1, axis=1)
+        found = zip(*(_count_mean_squares(piece) for piece in pieces), strict=True)
+        return _Moments(len(values_NV), *(np.concatenate(parts) for parts in found))
 
     def merge(self, other: _Moments) -> _Moments:
         """Source: Chan, Golub, LeVeque 1979, pairwise update of the variance."""
@@ -212,3 +213,19 @@ class _Moments:
         # The mean of equal numbers is rounded: a constant voxel would get a tiny SD, not 0.
         std_V[std_V <= 1e-6 * np.abs(np.nan_to_num(self.mean_V))] = 0
         return np.where(self.count_V >= _MIN_ROWS, std_V, np.nan)
+
+
+def _count_mean_squares(values_NV: NDArray[np.float32]) -> tuple[NDArray[np.float64], ...]:
+    """Return per voxel the count, the mean (NaN without values) and the squared deviations."""
+    values = values_NV.astype(np.float64)
+    invalid_NV = np.isnan(values)
+    count_V = len(values) - invalid_NV.sum(axis=0).astype(np.float64)
+    has_invalid = bool((count_V < len(values)).any())
+    if has_invalid:
+        values[invalid_NV] = 0
+    mean_V = values.sum(axis=0) / np.maximum(count_V, 1)
+    values -= mean_V
+    np.square(values, out=values)
+    if has_invalid:
+        values[invalid_NV] = 0
+    return count_V, np.where(count_V > 0, mean_V, np.nan), values.sum(axis=0)

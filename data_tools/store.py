@@ -173,7 +173,7 @@ class Store:
         return read_array(self.storage, betas_name(dataset, subject, session))[0]
 
     def betas_rows(
-        self, dataset: str, subject: str, session: int, rows: NDArray[np.intp]
+        self, dataset: str, subject: str, session: int, rows: slice | NDArray[np.intp]
     ) -> NDArray[np.float32]:
         """Return (n, V) some rows of a session; only their chunks are read, and not checked.
 
@@ -181,7 +181,7 @@ class Store:
             dataset: its name.
             subject: its name.
             session: from 1 on.
-            rows: sorted, within the session.
+            rows: within the session.
 
         Raises:
             FormatError: the session is missing, or a chunk is truncated or damaged.

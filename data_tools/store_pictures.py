@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.zarr_arrays import open_array, read_attributes, read_rows
+from data_tools.zarr_arrays import open_array, read_attributes, read_rows, sha256_array
 from dist_decoder.errors import DataError, FormatError
-from dist_decoder.storage import Storage, sha256_bytes
+from dist_decoder.storage import Storage
 
 _Chunk = tuple[str, int]
 """(name of a block, its row that begins the chunk)"""
@@ -121,4 +121,4 @@ def block_name(dataset: str, number: int) -> str:
 
 def picture_digest(picture: NDArray[np.uint8]) -> str:
     """Return 16 hex digits of the pixels."""
-    return sha256_bytes(np.ascontiguousarray(picture).tobytes())[:16]
+    return sha256_array(picture)[:16]

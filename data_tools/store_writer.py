@@ -23,9 +23,15 @@ from data_tools.store import (
     subject_name,
 )
 from data_tools.store_pictures import picture_digest, pictures_name
-from data_tools.zarr_arrays import read_attributes, read_group, write_array, write_group
+from data_tools.zarr_arrays import (
+    read_attributes,
+    read_group,
+    sha256_array,
+    write_array,
+    write_group,
+)
 from dist_decoder.errors import DataError
-from dist_decoder.storage import LocalStorage, Storage, atomic_folder, json_bytes, sha256_bytes
+from dist_decoder.storage import LocalStorage, Storage, atomic_folder, json_bytes
 
 _TEXT_COLUMNS = ("stimulus_id", "split", "category", "image_uid")
 _BLOCK_BYTES = 1 << 26
@@ -85,7 +91,7 @@ class StoreWriter(Store):
                 codes[:, index] = trials[column]
         attributes = {"columns": list(COLUMNS), "labels": labels}
         held = read_attributes(self.storage, name)
-        digest = sha256_bytes(codes.tobytes())
+        digest = sha256_array(codes)
         if held is None or held != {**attributes, "sha256": digest}:
             write_array(self.storage, name, codes, attributes)
         self._tables.pop(name, None)

@@ -78,10 +78,11 @@ class SubjectRows:
             betas_nV = self._betas(int(session), wanted, len(in_session))
             self._check(int(session), betas_nV, rows)
             z_nV = self.statistics.apply(betas_nV, self.trials.iloc[rows])
-            if np.abs(z_nV).max(initial=0) > np.finfo(self._dtype).max:
+            largest = max(z_nV.max(initial=0), -z_nV.min(initial=0))
+            if largest > np.finfo(self._dtype).max:
                 raise DataError(
                     f"{self.dataset}/{self.subject} session {session}: normalised responses up to"
-                    f" {np.abs(z_nV).max():.3g} do not fit {self._config.voxel_dtype}; set"
+                    f" {largest:.3g} do not fit {self._config.voxel_dtype}; set"
                     " shard.voxel_dtype=float32"
                 )
             self._voxels_nV[self._place_N[rows]] = z_nV
@@ -93,9 +94,13 @@ class SubjectRows:
         return self._voxels_nV[places]
 
     def _betas(self, session: int, wanted: NDArray[np.intp], count: int) -> NDArray[np.float32]:
+        # Not `Store.betas`, which would hash the session: every row is compared with its checksum.
+        place = (self.dataset, self.subject, session)
+        if len(wanted) == count:
+            return self._store.betas_rows(*place, slice(None))
         if len(wanted) > _WHOLE * count:
-            return self._store.betas(self.dataset, self.subject, session)[wanted]
-        return self._store.betas_rows(self.dataset, self.subject, session, wanted)
+            return self._store.betas_rows(*place, slice(None))[wanted]
+        return self._store.betas_rows(*place, wanted)
 
     def _check(self, session: int, betas_nV: NDArray[np.float32], rows: NDArray[np.intp]) -> None:
         wrong = np.flatnonzero(row_checksums(betas_nV) != self._crc32_N[rows])

@@ -10,12 +10,12 @@ Axes: N trials, V voxels of one subject, U units.
 from __future__ import annotations
 
 import io
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from data_tools.markers import MARKERS
@@ -42,7 +42,7 @@ class FittedSubject:
 def row_checksums(values_NV: NDArray[np.float32]) -> NDArray[np.uint32]:
     """Return (N,) the CRC-32 of the bytes of every row."""
     values_NV = np.ascontiguousarray(values_NV)
-    return np.array([zlib.crc32(row.data) for row in values_NV], dtype=np.uint32)
+    return np.array([crc32(row.data) for row in values_NV], dtype=np.uint32)
 
 
 def fit_subjects(

@@ -28,7 +28,6 @@ from dist_decoder.storage import (
     join_location,
     json_bytes,
     open_location,
-    sha256_bytes,
 )
 
 FORMAT = "dist-decoder-synthetic"
@@ -99,20 +98,22 @@ def write_synthetic(
         policy: of requests to an object store.
     """
     storage = _location(place, dataset, policy)
+    storage.remove(f"{subject}.json")
+    if storage.path is not None:
+        with atomic_folder(storage.path / f"{subject}.zarr", replace=True) as partial:
+            sha256 = _write_arrays(
+                LocalStorage(partial.parent), partial.name, responses_nV, residual_std_V
+            )
+    else:
+        sha256 = _write_arrays(storage, f"{subject}.zarr", responses_nV, residual_std_V)
     header = {
         "format": FORMAT,
         "version": VERSION,
         "inputs": inputs,
-        "responses_sha256": sha256_bytes(np.ascontiguousarray(responses_nV).tobytes()),
+        "responses_sha256": sha256,
         "ridge": ridge,
         "rows": list(rows),
     }
-    storage.remove(f"{subject}.json")
-    if storage.path is not None:
-        with atomic_folder(storage.path / f"{subject}.zarr", replace=True) as partial:
-            _write_arrays(LocalStorage(partial.parent), partial.name, responses_nV, residual_std_V)
-    else:
-        _write_arrays(storage, f"{subject}.zarr", responses_nV, residual_std_V)
     storage.write(f"{subject}.json", json_bytes(header))
     return header
 
@@ -122,10 +123,12 @@ def _write_arrays(
     name: str,
     responses_nV: NDArray[np.float32],
     residual_std_V: NDArray[np.float32],
-) -> None:
-    write_array(storage, f"{name}/responses", responses_nV)
+) -> str:
+    """Return the sha256 of the responses."""
+    sha256 = write_array(storage, f"{name}/responses", responses_nV)
     write_array(storage, f"{name}/residual_std", residual_std_V)
     write_group(storage, name)
+    return sha256
 
 
 def _location(place: str | Path, dataset: str, policy: StorageConfig | None) -> Storage:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from isal.isal_zlib import crc32
 
 from dist_decoder.errors import DataError
 from dist_decoder.formats import IndexSample, ShardEntry, ShardIndex
@@ -58,7 +59,7 @@ def write_shard(place: Path | Storage, name: str, samples: Iterable[Sample]) -> 
                     image_uid=sample.image_uid,
                     members=members,
                     sessions=sample.sessions,
-                    crc32={extension: zlib.crc32(data) for extension, data in sample.members},
+                    crc32={extension: crc32(data) for extension, data in sample.members},
                 )
             )
         # A tar ends in two empty blocks and is a whole number of records long.

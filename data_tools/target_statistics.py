@@ -24,6 +24,8 @@ from dist_decoder.token_dtypes import (
     encode_tokens,
 )
 
+Reader = Callable[[Sequence[str]], NDArray[Any]]
+
 _EXACT = ("float16", "float32")
 """The encoder's tokens are float16: these hold them as they are."""
 _BATCH_BYTES = 1 << 26
@@ -60,8 +62,7 @@ def target_statistics(
 
 
 class _Moments:
-    """Mean and scale of one kind of target, in two passes: one pass loses the variance of targets
-    whose mean is large. The second one also measures the error of a dtype."""
+    """Mean and scale of one kind of target, and the error of storing it as a dtype."""
 
     def __init__(
         self,
@@ -73,24 +74,59 @@ class _Moments:
         self._name, self._dtype, self._images = name, dtype, len(uids)
         read = embeddings.pooled if name == "pooled" else embeddings.tokens
         batches = _batches(embeddings, name, uids)
-        with progress(f"statistics of {name}", 2 * len(uids)) as counter:
-            total: Any = 0
-            for batch, values in _ahead(read, batches):
-                total = total + values.sum(axis=0, dtype=np.float64)
-                counter.advance(len(batch))
-            self._mean = np.asarray(total) / len(uids)
-            squares, self._largest, self._error = 0.0, 0.0, 0.0
-            for batch, values in _ahead(read, batches):
-                squares += float(((values - self._mean) ** 2).sum())
-                if dtype is not None and dtype not in _EXACT:
-                    self._add_error(values, dtype)
-                counter.advance(len(batch))
+        self._largest, self._error = 0.0, 0.0
+        if dtype is None or dtype in _EXACT:
+            squares = self._read_once(read, batches)
+        else:
+            squares = self._read_twice(read, batches, dtype)
         self._scale = float(np.sqrt(squares / (len(uids) * self._mean.size)))
         if not self._scale > 0:
             raise DataError(
                 f"the {name} targets of {embeddings.encoder_id} are equal for all {len(uids)}"
                 " training images; check the pictures and the encoder"
             )
+
+    def _read_once(self, read: Reader, batches: Sequence[Sequence[str]]) -> float:
+        """Find the mean and return the sum of squared deviations.
+
+        Source: Chan, Golub, LeVeque 1979: batches are merged by their means and squared deviations,
+        which does not lose the variance of targets whose mean is large, as plain squares would.
+        """
+        total: Any = 0
+        done, squares = 0, 0.0
+        with progress(f"statistics of {self._name}", self._images) as counter:
+            for batch, values in _ahead(read, batches):
+                batch_total = values.sum(axis=0, dtype=np.float64)
+                mean = batch_total / len(batch)
+                squares += sum(_squares(one, mean) for one in values)
+                if done:
+                    weight = done * len(batch) / (done + len(batch))
+                    squares += weight * _squares(mean, total / done)
+                total, done = total + batch_total, done + len(batch)
+                counter.advance(len(batch))
+        self._mean = np.asarray(total) / done
+        return squares
+
+    def _read_twice(
+        self, read: Reader, batches: Sequence[Sequence[str]], dtype: TokenDtype
+    ) -> float:
+        """As ``_read_once``, and measure the error of a dtype.
+
+        The manifest holds that error relative to the scale in float64, whose last digits depend on
+        the order of the sum: one reading would change them.
+        """
+        total: Any = 0
+        squares = 0.0
+        with progress(f"statistics of {self._name}", 2 * self._images) as counter:
+            for batch, values in _ahead(read, batches):
+                total = total + values.sum(axis=0, dtype=np.float64)
+                counter.advance(len(batch))
+            self._mean = np.asarray(total) / self._images
+            for batch, values in _ahead(read, batches):
+                squares += _squares(values, self._mean)
+                self._add_error(values, dtype)
+                counter.advance(len(batch))
+        return squares
 
     def _add_error(self, tokens_MTD: NDArray[Any], dtype: TokenDtype) -> None:
         stored = encode_tokens(tokens_MTD, dtype)
@@ -113,8 +149,14 @@ class _Moments:
         )
 
 
+def _squares(values: NDArray[Any], mean: NDArray[np.float64]) -> float:
+    """Return the sum of squared differences; those of one image stay in the cache."""
+    difference = values - mean
+    return float(np.square(difference, out=difference).sum())
+
+
 def _ahead(
-    read: Callable[[Sequence[str]], NDArray[Any]], batches: Sequence[Sequence[str]]
+    read: Reader, batches: Sequence[Sequence[str]]
 ) -> Iterator[tuple[Sequence[str], NDArray[Any]]]:
     """Yield (batch, its values); the next batch is read meanwhile."""
     with ThreadPoolExecutor(1) as thread:

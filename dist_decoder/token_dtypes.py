@@ -23,7 +23,7 @@ def encode_tokens(tokens_TD: NDArray[Any], dtype: TokenDtype) -> dict[str, NDArr
     int8 is symmetric: a token's largest absolute value becomes 127.
     """
     if dtype in ("float16", "float32"):
-        return {TOKENS: tokens_TD.astype(dtype)}
+        return {TOKENS: tokens_TD.astype(dtype, copy=False)}
     wide_TD = np.ascontiguousarray(tokens_TD, np.float32)
     if dtype == "bfloat16":
         bits_TD = wide_TD.view(np.uint32)

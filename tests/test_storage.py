@@ -183,6 +183,23 @@ def test_equal_values_give_equal_bytes(tmp_path: Path) -> None:
     assert encode_npz(dict(reversed(arrays.items()))) == first
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(15, dtype=np.float16).reshape(3, 5),
+        np.arange(15.0).reshape(3, 5).T,
+        np.zeros((0, 5), np.uint8),
+        np.array("session"),
+        np.array(["a", "bc"]),
+        np.array(True),
+    ],
+)
+def test_arrays_have_the_bytes_of_numpy(array: np.ndarray) -> None:
+    file = io.BytesIO()
+    np.save(file, np.asarray(array, order="C"), allow_pickle=False)
+    assert encode_npy(array) == file.getvalue()
+
+
 def test_arrays_survive_and_damage_is_named(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     array = np.arange(15, dtype=np.float16).reshape(3, 5)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import os
 import tempfile
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
 from dist_decoder.config.storage import StorageConfig
@@ -100,12 +100,13 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
-        with tempfile.NamedTemporaryFile(prefix="dist-decoder-upload-") as file:
-            yield file  # type: ignore[misc]
-            file.flush()
-            path = Path(file.name)
-            wait_for(self._put(checked_name(name), path))
-            self._log.add(bytes_written=path.stat().st_size)
+        # Without a name: nothing of it outlives a process that is killed.
+        with tempfile.TemporaryFile() as file:
+            yield file
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            wait_for(self._put(checked_name(name), file))
+            self._log.add(bytes_written=size)
 
     def remove(self, name: str) -> None:
         name = checked_name(name)
@@ -207,7 +208,7 @@ class ObjectStorage(Storage):
             )
         return found if first is None else first
 
-    async def _put(self, name: str, data: bytes | Path) -> None:
+    async def _put(self, name: str, data: bytes | IO[bytes]) -> None:
         chunk = max(self._part_bytes, _S3_PART_BYTES)
         attempt = partial(
             self._obstore.put_async, self._writer, name, data, chunk_size=chunk, max_concurrency=8

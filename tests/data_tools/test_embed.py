@@ -11,8 +11,9 @@ from made_store import put_dataset, random_images, tree_bytes
 from numpy.testing import assert_array_equal
 
 from data_tools.datasets.protocol import Stimulus
-from data_tools.embed import embed
+from data_tools.embed import embed, round_to_half
 from data_tools.embedding_store import EmbeddingStore
+from data_tools.embedding_writer import finite_rows
 from data_tools.store import Store
 from dist_decoder.config.data import DataConfig, EncoderConfig
 from dist_decoder.encoders import open_encoder
@@ -188,6 +189,26 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path, encoder: TokenEnc
     (folder / "uids.json").write_text("{")
     with pytest.raises(FormatError, match="damaged"):
         EmbeddingStore.open(config.store, encoder.id)
+
+
+def test_tokens_are_rounded_as_numpy_rounds_them() -> None:
+    largest = float(np.finfo(np.float16).max)
+    edges = [0.0, 1 + 2**-11, 1 + 3 * 2**-11, 2**-24, 2**-25, 2**-26, largest, 65519.9, 65520, 1e5]
+    random = np.random.default_rng(0).standard_normal(5000) * np.logspace(-9, 5, 5000)
+    values = np.concatenate([edges, random]).astype(np.float32)
+    values = np.stack([values, -values])
+    result = np.empty(values.shape, dtype=np.float16)
+    round_to_half(values, result)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(result.view(np.uint16), values.astype(np.float16).view("u2"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_that_are_not_finite_are_found(dtype: str) -> None:
+    values = np.full((5, 2, 3), np.finfo(dtype).max, dtype=dtype)
+    values[1, 1, 2], values[2, 0, 0], values[4, 0, 1] = np.nan, -np.inf, np.inf
+    values[3] *= -1
+    np.testing.assert_array_equal(finite_rows(values), [True, False, False, True, False])
 
 
 def test_values_that_are_not_finite_name_the_stimulus(

@@ -1,7 +1,9 @@
 """Requests are made again, twice or not at all, as the policy says."""
 
 import logging
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,6 +161,21 @@ def test_uploads_are_asked_again(server: Scripted) -> None:
     server.script = lambda number, method, path: Fault(status=503) if number < 2 else None
     storage.write("two", b"12")
     assert server.objects["/bucket/pre/two"] == b"12"
+
+
+def test_what_waits_for_its_upload_has_no_name(
+    server: Scripted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So that a process that is killed leaves nothing in the temporary folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    storage = opened(server)
+    with storage.create("two") as file:
+        file.write(b"123456")
+        file.flush()
+        assert list(tmp_path.iterdir()) == []
+        file.seek(2)
+    assert server.objects["/bucket/pre/two"] == b"123456"
+    assert storage.counters().bytes_written == 6
 
 
 def test_an_object_that_is_replaced_in_between_is_not_mixed(server: Scripted) -> None:
