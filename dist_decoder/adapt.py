@@ -52,11 +52,12 @@ from dist_decoder.train.run_folder import (
     config_fingerprint,
     open_run,
     read_summary,
+    refuse_strangers,
     write_summary,
 )
 from dist_decoder.train.start import Rows, start_ridges
 from dist_decoder.train.targets_of_base import targets_of_base
-from dist_decoder.train.validate import selection_score
+from dist_decoder.train.validate import require_score, selection_score
 
 
 def adapt(config: AdaptConfig, expectation: Expectation | None = None) -> dict[str, Any] | None:
@@ -90,6 +91,7 @@ def adapt(config: AdaptConfig, expectation: Expectation | None = None) -> dict[s
 
 
 def _open(config: AdaptConfig, held: ExitStack) -> dict[str, Any] | None:
+    refuse_strangers(config.run)
     held.enter_context(exclusive(config.run, "adaptation"))
     return open_run(config, config.run, config.resume)
 
@@ -184,6 +186,7 @@ def _job(
     )
     training_rows = subject_rows(data, "train", allow_holdout=True, standardise_by=targets)
     decoder = _start_model(config, document, training_rows, base, folder, world)
+    require_score(config.checkpoint.keep_best, decoder, (config.subject,))
     loss = config.loss or LossConfig.model_validate(base.config["loss"])
     classes = None
     if needs_classes(loss):

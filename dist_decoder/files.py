@@ -33,6 +33,8 @@ def explained(path: str | Path, action: str) -> Iterator[None]:
 def _remedy(path: str | Path, action: str, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{path}: no space left on the disk; free some space and run the command again"
+    if isinstance(error, FileNotFoundError) and action == "written":
+        return f"{path} cannot be made there; check the path (working folder {Path.cwd()})"
     if isinstance(error, FileNotFoundError):
         return f"{path} does not exist; check the path (working folder {Path.cwd()})"
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
@@ -198,7 +200,8 @@ def exclusive(folder: str | Path, action: str, shared: bool = False) -> Iterator
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StorageError(
-                f"{folder} is in use: another process works on it; {action} cannot start"
+                f"{folder} is in use: another process works on it; {action} cannot start; is an"
+                " earlier command of yours still alive?"
             ) from error
         yield
 

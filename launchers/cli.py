@@ -34,6 +34,12 @@ class LocalCommand(LaunchCommand):
 
     verb_schema = LocalConfig
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        programs = ("dist-decoder", "data-tools")
+        if "--" not in args and any(argument in programs for argument in args):
+            raise typer.BadParameter("put -- before the command to start: ... -- dist-decoder ...")
+        return super().parse_args(ctx, args)
+
 
 @app.command("local", cls=LocalCommand)
 def local(

@@ -147,7 +147,9 @@ def estimate(
     overrides: list[str] | None = typer.Argument(
         None, metavar="KEY.PATH=VALUE", help="Override keys of the file; last one wins."
     ),
-    ranks: int = typer.Option(1, help="Of a file of train or adapt; estimate files say it."),
+    ranks: int = typer.Option(
+        1, min=1, help="Of a file of train or adapt; files of estimate have the key `ranks`."
+    ),
     json_output: bool = typer.Option(False, "--json", help="Print the result as JSON."),
 ) -> None:
     """Count parameters, operations, memory and traffic of a run, without running it."""
@@ -292,7 +294,7 @@ def show_config(
     deepspeed: bool = typer.Option(
         False, "--deepspeed", help="Print the DeepSpeed JSON that follows from it."
     ),
-    ranks: int = typer.Option(1, help="World size that the DeepSpeed JSON is for."),
+    ranks: int = typer.Option(1, min=1, help="World size that the DeepSpeed JSON is for."),
 ) -> None:
     """Print the resolved configuration of train or adapt as YAML."""
 

@@ -108,7 +108,8 @@ def _explain(schema: type[Section], error: ValidationError, where: str) -> str:
             hint = f"; did you mean {near!r}?" if near else _siblings(key, valid)
             lines.append(f"{where}: unknown key {key!r}{hint}")
         else:
-            lines.append(f"{where}: {key or '(root)'}: {problem['msg']}")
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {key + ': ' if key else ''}{message}")
     return "\n".join(lines)
 
 

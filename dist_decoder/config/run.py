@@ -18,8 +18,8 @@ class CheckpointConfig(Section):
     """The newest that stay."""
     keep_best: str | None = None
     """A validation score by its name in metrics.jsonl (validation/nsd/pooled_mrr): the checkpoint
-    with the highest one stays too, and a step that beats it is saved. Needs
-    log.validate_every_steps."""
+    with the highest one stays too, and a step that beats it is saved. Without
+    log.validate_every_steps only the last step has scores."""
     location: str | None = None
     """Folder or object-store URL for the checkpoints; None keeps them in the run folder. The run
     folder then holds a pointer, which every command follows."""

@@ -14,7 +14,6 @@ from dist_decoder.data.members import TargetName
 from dist_decoder.data.sources import choose_subjects
 from dist_decoder.data.targets import read_targets
 from dist_decoder.dist import World, run_on_first
-from dist_decoder.errors import StorageError
 from dist_decoder.formats import Manifest
 from dist_decoder.losses.objective import needs_classes
 from dist_decoder.manifest import manifest_fingerprint, read_manifest
@@ -27,8 +26,14 @@ from dist_decoder.train.job import Expectation, Job
 from dist_decoder.train.loop import fit
 from dist_decoder.train.places import checkpoints_of
 from dist_decoder.train.rows import subject_rows, validation_of
-from dist_decoder.train.run_folder import config_fingerprint, open_run, write_summary
+from dist_decoder.train.run_folder import (
+    config_fingerprint,
+    open_run,
+    refuse_strangers,
+    write_summary,
+)
 from dist_decoder.train.start import start_ridges
+from dist_decoder.train.validate import require_score
 
 
 def train(config: TrainConfig, expectation: Expectation | None = None) -> dict[str, Any] | None:
@@ -74,11 +79,8 @@ def subject_infos(manifest: Manifest, subjects: tuple[str, ...]) -> dict[str, Su
 
 
 def _is_finished(config: TrainConfig, held: ExitStack) -> bool:
-    try:
-        held.enter_context(exclusive(config.run, "training"))
-    except StorageError as error:
-        error.add_note("is another `dist-decoder train` of this run still alive?")
-        raise
+    refuse_strangers(config.run)
+    held.enter_context(exclusive(config.run, "training"))
     return open_run(config, config.run, config.resume) is not None
 
 
@@ -99,6 +101,7 @@ def _job(config: TrainConfig, world: World, expectation: Expectation | None) -> 
     decoder = Decoder(
         config.model, voxels, encoder.pooled_dim, encoder.token_shape, config.seed, world
     )
+    require_score(config.checkpoint.keep_best, decoder, subjects)
     if not run_on_first(lambda: bool(checkpoints_of(config.run / "checkpoints")), world):
         start_ridges(
             decoder,

@@ -46,6 +46,24 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+def refuse_strangers(folder: Path) -> None:
+    """Refuse a folder of somebody else's before anything, even a lock, is put there.
+
+    Raises:
+        RunError: it holds files but no run, or is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; `run` must be a folder")
+    if not folder.exists() or (folder / CONFIG_NAME).is_file():
+        return
+    strangers = _visible(folder)
+    if strangers:
+        raise RunError(
+            f"run folder {folder} is not empty and holds no {CONFIG_NAME} (it holds "
+            f"{', '.join(strangers[:3])}): choose another `run`"
+        )
+
+
 def open_run(config: Section, folder: Path, resume: str) -> dict[str, Any] | None:
     """Make the folder ready for a start or a continuation.
 
@@ -67,12 +85,7 @@ def open_run(config: Section, folder: Path, resume: str) -> dict[str, Any] | Non
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        strangers = _visible(folder)
-        if strangers:
-            raise RunError(
-                f"run folder {folder} is not empty and holds no {CONFIG_NAME} (it holds "
-                f"{', '.join(strangers[:3])}): choose another `run`"
-            )
+        refuse_strangers(folder)
         _begin(config, folder)
         return None
     trained = _is_trained(folder)

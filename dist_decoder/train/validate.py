@@ -12,7 +12,7 @@ T tokens, t those that this rank holds, D token width, F flattened features, f t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,10 @@ from torch import Tensor
 from dist_decoder.cuts import Cuts
 from dist_decoder.data.rows import SubjectRows
 from dist_decoder.dist import World, gather_objects, gather_rows
+from dist_decoder.errors import ConfigError
 from dist_decoder.losses.contrastive import Total, cosine_similarity
 from dist_decoder.losses.contrastive import whole as undivided
+from dist_decoder.nn.decoder import Decoder
 
 Forward = Callable[..., dict[str, Tensor]]
 """The decoder or the engine around it; see ``Decoder.forward``."""
@@ -117,6 +119,31 @@ def validate(forward: Forward, shares: Sequence[Share], world: World) -> dict[st
             found.setdefault(f"{prefix}_top1", []).append(ranking.top1)
             found.setdefault(f"{prefix}_mrr", []).append(ranking.reciprocal_rank)
     return {key: float(np.mean(values)) for key, values in sorted(found.items())}
+
+
+def require_score(metric: str | None, decoder: Decoder, subjects: Iterable[str]) -> None:
+    """Refuse ``checkpoint.keep_best`` that no validation of this run can give.
+
+    Args:
+        metric: its value; None asks for nothing.
+        subjects: dataset/subject, all that are trained.
+
+    Raises:
+        ConfigError: there is no such score.
+    """
+    outputs = [] if decoder.pooled_dim is None else ["pooled"]
+    outputs += [] if decoder.token_shape is None else ["tokens"]
+    datasets = sorted({name.partition("/")[0] for name in subjects})
+    names = [
+        f"validation/{dataset}/{output}_{kind}"
+        for dataset in datasets
+        for output in outputs
+        for kind in ("mrr", "top1")
+    ]
+    if metric is not None and metric not in names:
+        raise ConfigError(
+            f"checkpoint.keep_best={metric} is no score of this run; there are {', '.join(names)}"
+        )
 
 
 def rank_images(predicted_NF: Tensor, target_MF: Tensor, image_N: NDArray[np.int64]) -> Ranking:

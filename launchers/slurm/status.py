@@ -48,6 +48,8 @@ def launch_folder(run: Path) -> Path:
     for place in (run, run / LAUNCH_NAME):
         if (place / RECORD_NAME).is_file():
             return place.absolute()
+    if not run.is_dir():
+        raise LaunchError(f"{run} does not exist or is no folder (working folder {Path.cwd()})")
     raise LaunchError(f"{run} holds no {RECORD_NAME}: it was not started by dist-launch slurm")
 
 

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 from desk import HOSTILE
-from local_workplace import (
-    run_launcher,
-)
+from local_workplace import run_launcher
 
 from dist_decoder.config import LocalConfig
 from dist_decoder.errors import ConfigError, LaunchError
@@ -134,3 +132,9 @@ def test_simulated_nodes_number_their_ranks(tmp_path: Path) -> None:
 def test_two_launches_get_two_ports() -> None:
     ports = {plan_local(LocalConfig(), ["true"])[0].env["MASTER_PORT"] for _ in range(5)}
     assert len(ports) > 1
+
+
+def test_a_command_without_dashes_is_told_so(tmp_path: Path) -> None:
+    done = run_launcher(["local", "ranks=2", "dist-decoder", "train", "x.yaml"], tmp_path)
+    assert done.returncode == 2
+    assert "put -- before the command" in done.stderr

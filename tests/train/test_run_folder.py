@@ -10,7 +10,12 @@ from dist_decoder.config.run import LogConfig
 from dist_decoder.config.train import TrainConfig
 from dist_decoder.errors import RunError
 from dist_decoder.train.logs import Logs
-from dist_decoder.train.run_folder import cut_metrics, open_run, write_summary
+from dist_decoder.train.run_folder import (
+    cut_metrics,
+    open_run,
+    refuse_strangers,
+    write_summary,
+)
 
 
 def trained(run: Path) -> None:
@@ -100,3 +105,15 @@ def test_logs_print_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> No
     with Logs(tmp_path, LogConfig(), 9, 3, active=False) as silent:
         silent.write(4, {"loss/total": 0.5})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_strangers_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    refuse_strangers(tmp_path / "new")
+    refuse_strangers(tmp_path)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunError, match=r"not empty.*thesis\.tex"):
+        refuse_strangers(tmp_path)
+    with pytest.raises(RunError, match="is a file; `run` must be a folder"):
+        refuse_strangers(tmp_path / "thesis.tex")
+    (tmp_path / "config.yaml").write_text("")
+    refuse_strangers(tmp_path)

@@ -54,6 +54,15 @@ def test_unknown_and_held_out_subjects_are_named(shards: Path, tmp_path: Path) -
             train(joint_config(tmp_path / str(number), shards, data=data))
 
 
+def test_a_score_that_no_validation_gives_is_refused_before_training(
+    shards: Path, tmp_path: Path
+) -> None:
+    kept = {"keep_best": "validation/alpha/pooled_mmr"}
+    with pytest.raises(ConfigError, match=r"no score of this run.*validation/alpha/pooled_mrr"):
+        train(joint_config(tmp_path / "run", shards, checkpoint=kept))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_adaptation_reports_start_and_end_and_resumes(
     joint: Path, shards: Path, tmp_path: Path
 ) -> None:
