@@ -58,7 +58,7 @@ def test_kill_at_a_random_moment(
     made: HandMade, whole: list[Any], tmp_path: Path, victim: str, moment: int
 ) -> None:
     rng = np.random.default_rng([moment, len(victim)])
-    ranks = start(tmp_path, made, RANKS, STEPS, pause_s=0.02, **READERS)
+    ranks = start(tmp_path, made, RANKS, STEPS, pause_s=0.1, **READERS)
     at = int(rng.integers(1, RANKS * STEPS * 2 // 3))
     wait_until(lambda: steps_done(tmp_path) >= at)
     time.sleep(float(rng.uniform(0, 0.05)))

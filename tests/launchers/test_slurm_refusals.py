@@ -162,8 +162,8 @@ def test_training_that_fits_is_taken(place: Path) -> None:
 
     (place / "shards" / "manifest.json").unlink()
     write_shards(place / "shards")
-    check_without_slurm(plan("launch.ranks_per_node=2", "launch.mem_gb=1"))
-    check_without_slurm(plan("launch.gpus_per_node=2", "launch.gpu_mem_gb=1", "launch.mem_gb=0.01"))
+    check_without_slurm(plan("launch.ranks_per_node=2", "launch.mem_gb=8"))
+    check_without_slurm(plan("launch.gpus_per_node=2", "launch.gpu_mem_gb=4", "launch.mem_gb=0.01"))
     with pytest.raises(LaunchError, match=r"the job has 0\.0001 GiB"):
         check_without_slurm(plan("launch.gpus_per_node=2", "launch.gpu_mem_gb=0.0001"))
 
