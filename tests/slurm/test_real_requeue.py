@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,9 @@ def reach_time_limit(place: Workplace, job_id: str) -> None:
         wait_until(lambda: any(map(has_user_signal, ranks)), "the signal of the time limit", 90)
     finally:
         for pid in ranks:
-            os.kill(pid, signal.SIGCONT)
+            # SLURM may have let them go on together with its signal.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def kill_rank(place: Workplace, job_id: str) -> None:

@@ -158,8 +158,11 @@ def note_figures(record_property: Callable[[str, object], None], figures: str) -
 
 
 def has_user_signal(pid: int) -> bool:
-    """Return whether SIGUSR1 waits for a process that stands still."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    """Return whether SIGUSR1 waits for a process that stands still, or has ended it already."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
     pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
     return any(mask >> (signal.SIGUSR1 - 1) & 1 for mask in pending)
 
