@@ -131,11 +131,6 @@ class ObjectStorage(Storage):
     def size(self, name: str) -> int:
         return wait_for(self._size(checked_name(name)))
 
-    def client_below(self, name: str) -> Any:
-        """Return an obstore client of a place below, for libraries that bring requests of their
-        own (zarr); it retries by itself and is not counted."""
-        return open_client(f"{self._url}/{checked_name(name)}", self._policy, retrying=True)
-
     def describe(self) -> str:
         return self._url
 
